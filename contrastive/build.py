@@ -1,0 +1,281 @@
+"""The only place where a configuration becomes objects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from contrastive.config import (
+    Config,
+    HuggingFaceTextConfig,
+    HuggingFaceTokenizerConfig,
+    InfoNCEConfig,
+    OpenClipModelConfig,
+    OpenClipTokenizerConfig,
+    PairModelConfig,
+    TrainedTokenizerConfig,
+)
+from contrastive.errors import UserError
+from contrastive.losses import InfoNCE, Margin
+from contrastive.models import (
+    CorpusTokenizer,
+    HuggingFaceTextTower,
+    OpenClipTokenizer,
+    TimmImageTower,
+    Tokenizer,
+    TransformerTextTower,
+    TwoTower,
+    describe,
+    open_clip_model,
+    train_tokenizer,
+)
+from contrastive.shards import Augment, PairLoader, ShardIndex
+from contrastive.training import Duration, Schedule, Trainer, adamw
+
+
+def build_accelerator(config: Config) -> Accelerator:
+    """accelerate's view of the machine: precision, processes, trackers.
+
+    Raises:
+        UserError: the precision is not to be had on this device, or a tracker is not installed.
+    """
+    precision = config.train.precision
+    on_cpu = not torch.accelerator.is_available()
+    if precision == "auto":
+        precision = "bf16" if on_cpu or torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and on_cpu:
+        raise UserError("train.precision: fp16 needs an accelerator and there is none here; use bf16 or fp32")
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    try:
+        return Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision,
+            log_with=list(config.track.trackers) or None,
+            project_dir=config.run.dir,
+            # Gradients live in DDP's buckets, so that averaging copies nothing.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"track.with: {list(config.track.trackers)} ({str(error).splitlines()[0]})") from None
+
+
+def build_tokenizer(config: PairModelConfig, captions: Callable[[], Any] | None) -> Tokenizer:
+    """The tokenizer of a pair; `captions` gives the corpus when one is to be trained."""
+    choice = config.tokenizer
+    match choice:
+        case OpenClipTokenizerConfig():
+            return OpenClipTokenizer(context=choice.context)
+        case HuggingFaceTokenizerConfig():
+            return CorpusTokenizer(resolve_path(choice.path), context=choice.context)
+        case TrainedTokenizerConfig():
+            if choice.path is not None:
+                return CorpusTokenizer(choice.path, context=choice.context)
+            corpus = captions() if captions is not None else ["no corpus: a dry run"]
+            trained = train_tokenizer(corpus, vocab_size=choice.vocab_size, lowercase=choice.lowercase)
+            return CorpusTokenizer(trained, context=choice.context)
+
+
+def build_model(config: Config, captions: Callable[[], Any] | None = None) -> TwoTower:
+    """The two-tower model of a recipe with its starting weights, on the CPU."""
+    torch.manual_seed(config.run.seed)
+    model_config = config.model
+    common: dict[str, Any] = {
+        "scale_init": model_config.logit_scale.init,
+        "scale_max": model_config.logit_scale.max,
+        "scale_learned": model_config.logit_scale.learned,
+        "bias": model_config.logit_bias,
+        "lock_image": model_config.image.locked,
+        "lock_text": model_config.text.locked,
+    }
+    if isinstance(model_config, OpenClipModelConfig):
+        model = open_clip_model(model_config.name, pretrained=model_config.pretrained, **common)
+    else:
+        image = model_config.image
+        tokenizer = build_tokenizer(model_config, captions)
+        model = TwoTower(
+            TimmImageTower(
+                image.name,
+                dim=model_config.dim,
+                image_size=image.size,
+                kwargs=image.kwargs,
+                weights=None if image.weights is None else resolve_path(image.weights),
+                mean=image.mean,
+                std=image.std,
+            ),
+            _build_text_tower(model_config, tokenizer),
+            tokenizer,
+            model_config.dim,
+            name=Path(config.run.dir).name,
+            **common,
+        )
+    if config.train.gradient_checkpointing:
+        model.checkpoint_gradients()
+    if config.train.channels_last:
+        model.use_channels_last()
+    return model
+
+
+def _build_text_tower(config: PairModelConfig, tokenizer: Tokenizer) -> Any:
+    text = config.text
+    if isinstance(text, HuggingFaceTextConfig):
+        return HuggingFaceTextTower(resolve_path(text.path), config.dim, pool=text.pool, pad_id=tokenizer.pad_id)
+    return TransformerTextTower(
+        tokenizer.vocab_size,
+        config.dim,
+        tokenizer.context,
+        width=text.width,
+        depth=text.depth,
+        heads=text.heads,
+        pool=text.pool,
+        causal=text.causal,
+        dropout=text.dropout,
+        pad_id=tokenizer.pad_id,
+    )
+
+
+def resolve_path(path: str) -> str:
+    """`path`, where ``package:NAME/FILE`` means a file inside an installed Python package."""
+    if not path.startswith("package:"):
+        return path
+    from importlib.util import find_spec
+
+    package, _, inside = path.removeprefix("package:").partition("/")
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{path}: the package {package} is not installed; see the header of the recipe")
+    return str(Path(next(iter(spec.submodule_search_locations))) / inside)
+
+
+def build_loss(config: Config) -> nn.Module:
+    """The loss of a recipe."""
+    loss = config.loss
+    if isinstance(loss, InfoNCEConfig):
+        return InfoNCE(same_caption=loss.same_caption, label_smoothing=loss.label_smoothing)
+    return Margin(margin=loss.margin, hardest=loss.hardest, same_caption=loss.same_caption)
+
+
+def build_augment(config: Config) -> Augment:
+    """The augmentation of a recipe."""
+    return Augment(**config.data.augment.model_dump())
+
+
+def total_steps(config: Config, samples: int) -> Duration:
+    """The duration of a recipe; an epoch is `samples` pairs, and a started step is a step."""
+    train = config.train
+    if train.minutes is not None:
+        return Duration(minutes=train.minutes)
+    if train.steps is not None:
+        return Duration(steps=train.steps)
+    wanted = train.samples if train.samples is not None else round((train.epochs or 0) * samples)
+    return Duration(steps=max(1, math.ceil(wanted / train.global_batch)))
+
+
+def share_or_steps(value: int | str | None) -> int | float | None:
+    """``"5%"`` → 0.05; a number of steps stays one."""
+    return float(value[:-1]) / 100 if isinstance(value, str) else value
+
+
+def build_schedule(config: Config) -> Schedule:
+    """Warm-up and shape of the learning rate."""
+    warmup = share_or_steps(config.optim.warmup)
+    if isinstance(warmup, float):
+        return Schedule(warmup_share=warmup, shape=config.optim.schedule)
+    return Schedule(warmup_steps=warmup or 0, shape=config.optim.schedule)
+
+
+def build_trainer(
+    config: Config,
+    accelerator: Accelerator,
+    model: TwoTower,
+    index: ShardIndex,
+    *,
+    validate: Callable[[Any], dict[str, float]] | None = None,
+    quiet: bool = False,
+) -> Trainer:
+    """The trainer of a recipe over the shards of `index`.
+
+    Raises:
+        UserError: the global batch does not divide by the number of processes, or is larger than the data set.
+    """
+    world, batch = accelerator.num_processes, config.train.global_batch
+    if batch > len(index):
+        raise UserError(f"train.global_batch: {batch} is more than the {len(index)} pairs of {config.data.train}")
+    duration = total_steps(config, len(index))
+    model.to(accelerator.device)
+
+    def make_loader(start_step: int) -> PairLoader:
+        return PairLoader(
+            index,
+            tokenize=model.tokenize,
+            image_size=model.image_size,
+            augment=build_augment(config),
+            global_batch=batch,
+            rank=accelerator.process_index,
+            world=world,
+            seed=config.run.seed,
+            workers=config.data.workers,
+            start_step=start_step,
+            caption_variants=config.data.caption_variants,
+            cache=config.data.cache,
+        )
+
+    make_loader(0)  # a batch that does not divide, or a cache that cannot be built, is told before the first step
+    network: nn.Module = model
+    if world > 1:
+        network = _synchronise_batch_norm(model, accelerator)
+    return Trainer(
+        accelerator,
+        network,
+        build_loss(config),
+        adamw(
+            network,
+            lr=config.optim.lr,
+            weight_decay=config.optim.weight_decay,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            tower_lr={"image": config.model.image.lr_scale, "text": config.model.text.lr_scale},
+        ),
+        build_schedule(config),
+        duration,
+        make_loader,
+        run_dir=Path(config.run.dir),
+        global_batch=batch,
+        identity={
+            "model": {**describe(model), "name": None},
+            "data": index.fingerprint,
+            "global_batch": batch,
+            "seed": config.run.seed,
+        },
+        clip=config.optim.clip,
+        checkpoint_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        validate=validate,
+        validate_every=share_or_steps(config.eval.every),
+        log_every=config.track.log_every,
+        quiet=quiet,
+    )
+
+
+def _synchronise_batch_norm(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Batch statistics over all processes where torch can (CUDA); elsewhere the difference is said."""
+    if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+        return model
+    if accelerator.device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm
+
+        converted: nn.Module = convert_sync_batchnorm(model)
+        return converted
+    accelerator.print(
+        f"note: this model has batch normalisation, and torch synchronises its statistics on CUDA only: each of the "
+        f"{accelerator.num_processes} processes normalises its own share of the batch, so this run is close to, but "
+        "not the same as, the run on one process. A tower with layer or group normalisation is exact."
+    )
+    return model

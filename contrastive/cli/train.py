@@ -1,0 +1,38 @@
+"""``contrastive train``: pretrain a two-tower model from a recipe."""
+
+from __future__ import annotations
+
+import argparse
+
+NAME = "train"
+HELP = "pretrain a model from a recipe; also under accelerate launch and torchrun"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as pretrain/pictograms")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run in the same folder")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe, build the model, train nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    from contrastive.config import dump_yaml, load_config
+    from contrastive.errors import UserError
+
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    config = load_config(args.recipe, args.overrides)
+    if args.print_config:
+        print(dump_yaml(config), end="")
+        return 0
+    if args.dry_run:
+        from contrastive.pretrain import dry_run
+
+        print(dry_run(config))
+        return 0
+    from contrastive.pretrain import pretrain
+
+    pretrain(config, resume=args.resume, overwrite=args.overwrite)
+    return 0

@@ -1,0 +1,33 @@
+"""Towers, the two-tower model, tokenizers, and the folder that a model is saved to."""
+
+from contrastive.models.folder import (
+    RandomWeightsWarning,
+    describe,
+    fingerprint,
+    load,
+    reinitialised,
+    save_model,
+)
+from contrastive.models.image_towers import TimmImageTower
+from contrastive.models.open_clip_towers import open_clip_model
+from contrastive.models.text_towers import HuggingFaceTextTower, TransformerTextTower
+from contrastive.models.tokenizer import CorpusTokenizer, OpenClipTokenizer, Tokenizer, train_tokenizer
+from contrastive.models.two_tower import TwoTower
+
+__all__ = [
+    "CorpusTokenizer",
+    "HuggingFaceTextTower",
+    "OpenClipTokenizer",
+    "RandomWeightsWarning",
+    "TimmImageTower",
+    "Tokenizer",
+    "TransformerTextTower",
+    "TwoTower",
+    "describe",
+    "fingerprint",
+    "load",
+    "open_clip_model",
+    "reinitialised",
+    "save_model",
+    "train_tokenizer",
+]

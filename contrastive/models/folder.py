@@ -1,0 +1,160 @@
+"""Saving and opening a model: a folder that one sends to a colleague, with no pickle in it.
+
+``model/`` holds ``config.json`` (how to build the towers), ``model.safetensors`` and the tokenizer's file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from contrastive.errors import UserError
+from contrastive.models.image_towers import TimmImageTower
+from contrastive.models.open_clip_towers import open_clip_model
+from contrastive.models.text_towers import HuggingFaceTextTower, TransformerTextTower
+from contrastive.models.tokenizer import load_tokenizer
+from contrastive.models.two_tower import TwoTower
+
+FORMAT = 1
+IMAGE_TOWERS = {"timm": TimmImageTower}
+TEXT_TOWERS = {"transformer": TransformerTextTower, "huggingface": HuggingFaceTextTower}
+
+
+class RandomWeightsWarning(UserWarning):
+    """A model was opened without trained weights."""
+
+
+def describe(model: TwoTower) -> dict[str, Any]:
+    """What builds `model` again, weights and tokenizer aside; equal for two models that can share weights."""
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "name": model.name,
+        "dim": model.dim,
+        "scale_max": model.scale_max,
+        "bias": model.logit_bias is not None,
+    }
+    if hasattr(model, "open_clip_config"):
+        description["open_clip"] = model.open_clip_config
+    else:
+        description["image"] = model.image.description()
+        description["text"] = model.text.description()
+    return json.loads(json.dumps(description))  # type: ignore[no-any-return]
+
+
+def save_model(model: TwoTower, folder: str | Path) -> Path:
+    """Write `model` to `folder`, which `contrastive.load` opens; returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {**describe(model), "tokenizer": model.tokenizer.save(folder)}
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    (folder / "model.safetensors.tmp").replace(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    return folder
+
+
+def build_described(description: dict[str, Any], folder: Path) -> TwoTower:
+    """The model of a saved description, with random weights; its tokenizer comes from `folder`."""
+    bias = 0.0 if description.get("bias") else None
+    if "open_clip" in description:
+        model = open_clip_model(
+            description["name"], config=description["open_clip"], bias=bias, scale_max=description["scale_max"]
+        )
+        return model
+    image = dict(description["image"])
+    text = dict(description["text"])
+    image_tower = IMAGE_TOWERS[image.pop("kind")](**image)
+    text_tower = TEXT_TOWERS[text.pop("kind")](**text)
+    return TwoTower(
+        image_tower,
+        text_tower,
+        load_tokenizer(description["tokenizer"], folder),
+        description["dim"],
+        scale_max=description["scale_max"],
+        bias=bias,
+        name=description["name"],
+    )
+
+
+def _open_folder(folder: Path) -> TwoTower:
+    try:
+        description = json.loads((folder / "config.json").read_text())
+        assert description["format"] <= FORMAT
+    except (json.JSONDecodeError, KeyError, AssertionError):
+        raise UserError(f"{folder}: config.json was not written by this version of contrastive") from None
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{folder}: model.safetensors is missing; save the model again")
+    model = build_described(description, folder)
+    try:
+        model.load_state_dict(load_file(weights))
+    except Exception as error:  # safetensors raises its own types for a cut-off file
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{weights}: the weights do not fit or are damaged ({reason})") from None
+    return model
+
+
+def load(path_or_name: str | Path, *, device: str | torch.device | None = None) -> TwoTower:
+    """Open a model, in evaluation mode.
+
+    Args:
+        path_or_name: a run folder (its ``model/`` is taken), a model folder, an open_clip model name, or
+            ``NAME:WEIGHTS`` for an open_clip weight tag or checkpoint file. A bare open_clip name has **random
+            weights**, and says so with a `RandomWeightsWarning`: nothing is fetched unless it is asked for.
+        device: where to put it; the accelerator if there is one, else the CPU.
+
+    Raises:
+        UserError: nothing by that name, or a damaged folder.
+    """
+    path = Path(path_or_name)
+    name = str(path_or_name)
+    if path.is_dir():
+        folder = path / "model" if (path / "model" / "config.json").is_file() else path
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{path}: no model here (neither config.json nor model/config.json); has the run saved one?")
+        model = _open_folder(folder)
+    elif path.exists():
+        raise UserError(f"{path} is a file; name the run folder or the model folder")
+    else:
+        name, _, weights = name.partition(":")
+        if "/" in name or "\\" in name:
+            raise UserError(f"{path}: no such folder, and open_clip names have no slash")
+        model = open_clip_model(name, pretrained=weights or None)
+        if not weights:
+            warnings.warn(
+                f"{name} has RANDOM WEIGHTS: its predictions mean nothing. Name weights as {name}:TAG_OR_FILE, "
+                "or open a trained run folder.",
+                RandomWeightsWarning,
+                stacklevel=2,
+            )
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def reinitialised(model: TwoTower, seed: int = 0) -> TwoTower:
+    """The same architecture with fresh random weights: the control beside every probe."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = model.tokenizer.save(Path(folder))
+            fresh = build_described({**describe(model), "tokenizer": tokenizer}, Path(folder))
+    fresh.tokenizer = model.tokenizer
+    return fresh.to(model.device).eval()
+
+
+def fingerprint(model: TwoTower) -> str:
+    """Hash of the weights and the description: two models with the same one give the same embeddings."""
+    digest = hashlib.sha256(json.dumps(describe(model), sort_keys=True).encode())
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,132 @@
+"""Image towers. Legend: N images, C = 3, H = W = ``image_size``, F = ``width`` of the features, D = joint ``dim``.
+
+A tower offers ``features(pixels_NCHW) -> (N, F)``, what a probe reads, and ``project(features_NF) -> (N, D)``, what the
+loss reads (before normalisation). Pixels arrive normalised with the tower's own ``mean`` and ``std``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from contrastive.errors import UserError
+
+
+class ImageTower(Protocol):
+    """What the two-tower model needs of an image tower (an ``nn.Module``)."""
+
+    image_size: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def features(self, pixels: Tensor) -> Tensor: ...
+
+    def project(self, features: Tensor) -> Tensor: ...
+
+    def checkpoint_gradients(self) -> None: ...
+
+    def description(self) -> dict[str, Any]:
+        """The arguments that build the tower again, weights aside, as JSON."""
+        ...
+
+
+class TimmImageTower(nn.Module):
+    """Any timm classifier without its head, and a linear projection to the joint space.
+
+    Args:
+        name: a timm model name; `kwargs` go to ``timm.create_model`` (widths, depths, stem …).
+        image_size: side of the square input, pixels.
+        weights: a checkpoint file to start from. Tensors are matched by name or, where no name matches, in order.
+
+    Raises:
+        UserError: unknown name or argument, or a checkpoint that does not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dim: int,
+        image_size: int,
+        kwargs: dict[str, Any] | None = None,
+        weights: str | Path | None = None,
+        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        std: tuple[float, ...] = (0.5, 0.5, 0.5),
+    ) -> None:
+        super().__init__()
+        self.name, self.dim, self.image_size, self.kwargs = name, dim, image_size, dict(kwargs or {})
+        self.mean, self.std = tuple(mean), tuple(std)
+        if not timm.is_model(name):
+            near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+            hint = f"; similar: {', '.join(near)}" if near else ""
+            raise UserError(f"model.image.name: timm has no model {name!r}{hint}")
+        arguments = dict(self.kwargs)
+        # Transformers need the size at construction; convolutional nets refuse the argument.
+        if "img_size" in _arguments_of(name):
+            arguments["img_size"] = image_size
+        try:
+            self.trunk = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise UserError(f"model.image.kwargs: timm's {name} does not accept {self.kwargs} ({error})") from None
+        if weights is not None:
+            _load_trunk(self.trunk, Path(weights))
+        self.width: int = self.trunk.num_features
+        if hasattr(self.trunk, "head_hidden_size") and self.trunk.head_hidden_size:
+            self.width = self.trunk.head_hidden_size
+        self.projection = nn.Linear(self.width, dim, bias=False)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.trunk(pixels)
+        return features
+
+    def project(self, features: Tensor) -> Tensor:
+        projected: Tensor = self.projection(features)
+        return projected
+
+    def checkpoint_gradients(self) -> None:
+        if not hasattr(self.trunk, "set_grad_checkpointing"):
+            raise UserError(f"train.gradient_checkpointing: timm's {self.name} does not support it; set it to false")
+        self.trunk.set_grad_checkpointing(True)
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "kind": "timm",
+            "name": self.name,
+            "dim": self.dim,
+            "image_size": self.image_size,
+            "kwargs": self.kwargs,
+            "mean": self.mean,
+            "std": self.std,
+        }
+
+
+def _arguments_of(name: str) -> set[str]:
+    """Names that the module behind a timm entry point takes, as far as its class shows."""
+    family = timm.models.model_entrypoint(name).__module__
+    return {"img_size"} if any(part in family for part in ("vision_transformer", "deit", "eva", "swin")) else set()
+
+
+def _load_trunk(trunk: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"model.image.weights: {path} does not exist")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        saved: dict[str, Tensor] = load_file(path)
+    else:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = saved.get("state_dict", saved)  # type: ignore[assignment]
+    wanted = trunk.state_dict()
+    if set(wanted) <= set(saved):
+        trunk.load_state_dict({key: saved[key] for key in wanted})
+        return
+    # Another implementation of the same network lists the same tensors under other names, in the same order,
+    # with the classifier, which the trunk lacks, at the end.
+    values = list(saved.values())[: len(wanted)]
+    if len(values) < len(wanted) or any(a.shape != b.shape for a, b in zip(values, wanted.values(), strict=True)):
+        raise UserError(f"model.image.weights: {path} does not fit the trunk ({len(wanted)} tensors by name or order)")
+    trunk.load_state_dict(dict(zip(wanted, values, strict=True)))

@@ -1,0 +1,166 @@
+"""open_clip models behind this project's tower interfaces.
+
+Two things differ from calling open_clip itself. Text is cut to the longest caption where that is exact: open_clip's
+``encode_text`` adds the whole positional table and so refuses a shorter input; the towers here slice it. And the image
+tower gives the features before its projection, which is what probes want.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
+from torch import Tensor, nn
+
+from contrastive.errors import UserError
+from contrastive.models.tokenizer import OpenClipTokenizer
+from contrastive.models.two_tower import TwoTower
+
+
+class OpenClipImageTower(nn.Module):
+    """The ``visual`` of an open_clip model; `preprocess` is its configuration (mean, std, size)."""
+
+    def __init__(self, visual: nn.Module, dim: int, preprocess: dict[str, Any]) -> None:
+        super().__init__()
+        self.visual: Any = visual
+        size = visual.image_size
+        self.image_size: int = size[0] if isinstance(size, tuple | list) else int(size)  # type: ignore[arg-type]
+        self.mean = tuple(preprocess["mean"])
+        self.std = tuple(preprocess["std"])
+        # Only the plain vision transformer keeps its projection where it can be held back.
+        self.splits = isinstance(visual, VisionTransformer) and getattr(visual, "proj", None) is not None
+        self.width: int = visual.proj.shape[0] if self.splits else dim  # type: ignore[union-attr, assignment, index]
+        if self.splits:
+            self.projection = visual.proj
+            visual.proj = None
+
+    def features(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.visual(pixels)
+        return features
+
+    def project(self, features: Tensor) -> Tensor:
+        return features @ self.projection if self.splits else features  # type: ignore[operator]
+
+    def checkpoint_gradients(self) -> None:
+        self.visual.set_grad_checkpointing(True)
+
+    def description(self) -> dict[str, Any]:
+        return {"kind": "open_clip"}
+
+
+class OpenClipTextTower(nn.Module):
+    """The text half of an open_clip model, with input cut short where the architecture makes that exact.
+
+    That is so for a causal tower that pools at the end-of-text token: no token sees those behind it. It is not so for
+    bidirectional, last-token or class-token towers, nor for wrapped Hugging Face encoders: they get the full context.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model.text if hasattr(model, "text") else model
+        if hasattr(self.model, "visual"):
+            del self.model.visual  # open_clip.CLIP carries its text layers itself; the image tower owns `visual`
+        self.pool = getattr(self.model, "text_pool_type", None) or getattr(self.model, "pool_type", None)
+        own_layout = isinstance(self.model, TextTransformer | open_clip.CLIP)
+        self.cuts_text = bool(
+            own_layout
+            and self.pool == "argmax"
+            and getattr(self.model, "attn_mask", None) is not None
+            and getattr(self.model, "cls_emb", None) is None
+        )
+
+    def forward(self, tokens_NL: Tensor) -> Tensor:
+        if not self.cuts_text:
+            output = self.model(tokens_NL)
+            features: Tensor = output[0] if isinstance(output, tuple) else output
+            return features
+        model, length = self.model, tokens_NL.shape[1]
+        x_NLE = model.token_embedding(tokens_NL) + model.positional_embedding[:length]
+        x_NLE = model.transformer(x_NLE, attn_mask=model.attn_mask[:length, :length])
+        pooled = text_global_pool(model.ln_final(x_NLE), tokens_NL, self.pool)
+        if model.text_projection is None:
+            return pooled
+        if isinstance(model.text_projection, nn.Linear):
+            projected: Tensor = model.text_projection(pooled)
+            return projected
+        return pooled @ model.text_projection
+
+    def checkpoint_gradients(self) -> None:
+        self.model.transformer.grad_checkpointing = True
+
+    def description(self) -> dict[str, Any]:
+        return {"kind": "open_clip"}
+
+
+def open_clip_model(
+    name: str, *, pretrained: str | None = None, config: dict[str, Any] | None = None, **options: Any
+) -> TwoTower:
+    """A `TwoTower` around the open_clip model `name` (or a path to a model JSON).
+
+    Args:
+        pretrained: an open_clip weight tag or a checkpoint file; None gives random weights. A tag may need the hub.
+        config: the model's JSON as a dict, instead of looking `name` up.
+        options: keyword arguments of `TwoTower` (scale, bias, locks).
+
+    Raises:
+        UserError: the name is unknown, the JSON is broken, or the weights cannot be had.
+    """
+    path = Path(name)
+    if config is None and path.suffix == ".json":
+        if not path.is_file():
+            raise UserError(f"model.name: {path} does not exist")
+        try:
+            config = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"model.name: {path} is not JSON ({error})") from None
+        name = path.stem
+    known = open_clip.get_model_config(name)
+    if config is None:
+        if known is None:
+            import difflib
+
+            near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise UserError(f"model.name: open_clip has no model {name!r}{hint}")
+        config = known
+    if known is not None and known == config:
+        registered = name
+    else:
+        # open_clip builds by registered name only; its registry takes files, so ours goes through one.
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            registered = f"{name}-custom"
+            (Path(folder) / f"{registered}.json").write_text(json.dumps(config))
+            open_clip.add_model_config(folder)
+    try:
+        model = open_clip.create_model(
+            registered, pretrained=pretrained, require_pretrained=pretrained is not None, pretrained_text=False
+        )
+    except Exception as error:  # hub, file and architecture faults come as many types
+        what = f"the weights {pretrained!r} of {name}" if pretrained else name
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model: {what} cannot be opened here ({reason})") from None
+    dim = int(config["embed_dim"])
+    preprocess = getattr(model.visual, "preprocess_cfg", {}) or {}
+    preprocess = {"mean": preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN),
+                  "std": preprocess.get("std", open_clip.OPENAI_DATASET_STD)}
+    text_config = config.get("text_cfg", {})
+    context = int(text_config.get("context_length", 77))
+    own = bool(text_config.get("hf_tokenizer_name") or text_config.get("tokenizer_kwargs"))
+    tokenizer = OpenClipTokenizer(registered if own else None, context)
+    visual = model.visual
+    if pretrained is not None:
+        # The weights' own scale is part of them; a learned value must not be reset to the recipe's start.
+        options = {**options, "scale_init": float(model.logit_scale.detach().exp())}
+        if getattr(model, "logit_bias", None) is not None:
+            options["bias"] = float(model.logit_bias.detach())
+    tower = TwoTower(
+        OpenClipImageTower(visual, dim, preprocess), OpenClipTextTower(model), tokenizer, dim, name=name, **options
+    )
+    tower.open_clip_config = config  # type: ignore[assignment]
+    return tower

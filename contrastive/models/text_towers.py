@@ -1,0 +1,205 @@
+"""Text towers. Legend: N captions, L tokens (the longest of the call), E = ``width``, D = joint ``dim``.
+
+A tower is called with token ids ``(N, L)`` and returns ``(N, D)``, not yet normalised. ``cuts_text`` says whether the
+result is the same for captions cut to the longest of the batch as for captions padded to the full context; towers for
+which it is false are given the full context by the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from contrastive.errors import UserError
+
+
+class TextTower(Protocol):
+    """What the two-tower model needs of a text tower (an ``nn.Module``)."""
+
+    cuts_text: bool
+
+    def __call__(self, tokens: Tensor) -> Tensor: ...
+
+    def checkpoint_gradients(self) -> None: ...
+
+    def description(self) -> dict[str, Any]:
+        """The arguments that build the tower again, weights aside, as JSON."""
+        ...
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; `mask` is True where attention is allowed, ``(N, 1, L, L)``."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x_NLE: Tensor, mask: Tensor) -> Tensor:
+        n, length, width = x_NLE.shape
+        qkv = self.qkv(self.norm_attention(x_NLE)).view(n, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+        )
+        x_NLE = x_NLE + self.drop(self.out(attended.transpose(1, 2).reshape(n, length, width)))
+        return x_NLE + self.drop(self.mlp(self.norm_mlp(x_NLE)))
+
+
+class TransformerTextTower(nn.Module):
+    """A text transformer of given width and depth; depth 0 averages word embeddings.
+
+    Padding is masked out of attention and pooling, so the cut to the longest caption is exact for every option.
+
+    Args:
+        vocab_size, context, pad_id: of the tokenizer.
+        width, depth, heads: of the transformer; `dim` is the joint space.
+        pool: ``mean`` over real tokens, or ``end``, the last real token (which must be able to see the others).
+        causal: a token attends to those before it only.
+    """
+
+    cuts_text = True
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        context: int,
+        width: int = 256,
+        depth: int = 1,
+        heads: int = 4,
+        pool: str = "mean",
+        causal: bool = False,
+        dropout: float = 0.0,
+        pad_id: int = 0,
+    ) -> None:
+        super().__init__()
+        self.arguments = {
+            "vocab_size": vocab_size,
+            "dim": dim,
+            "context": context,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "pool": pool,
+            "causal": causal,
+            "dropout": dropout,
+            "pad_id": pad_id,
+        }
+        self.pad_id, self.pool, self.causal = pad_id, pool, causal
+        self.checkpointing = False
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        # Without blocks, positions would only add the same offset to every average of the same length.
+        self.position = nn.Parameter(torch.randn(context, width) * 0.01) if depth else None
+        self.norm = nn.LayerNorm(width) if depth else nn.Identity()
+        self.projection = nn.Linear(width, dim, bias=False)
+        self.drop = nn.Dropout(dropout)
+        nn.init.normal_(self.embedding.weight, std=0.02 if depth else 0.1)
+
+    def forward(self, tokens_NL: Tensor) -> Tensor:
+        real_NL = tokens_NL != self.pad_id
+        x_NLE = self.embedding(tokens_NL)
+        if self.position is not None:
+            x_NLE = x_NLE + self.position[: tokens_NL.shape[1]]
+        x_NLE = self.drop(x_NLE)
+        if len(self.blocks):
+            mask = self._mask(real_NL)
+            for block in self.blocks:
+                if self.checkpointing and self.training:
+                    x_NLE = checkpoint(block, x_NLE, mask, use_reentrant=False)
+                else:
+                    x_NLE = block(x_NLE, mask)
+        x_NLE = self.norm(x_NLE)
+        if self.pool == "end":
+            last_N = real_NL.sum(1).clamp(min=1) - 1
+            pooled_NE = x_NLE[torch.arange(len(x_NLE), device=x_NLE.device), last_N]
+        else:
+            weight_NL1 = real_NL.unsqueeze(-1).to(x_NLE.dtype)
+            pooled_NE = (x_NLE * weight_NL1).sum(1) / weight_NL1.sum(1).clamp(min=1)
+        projected: Tensor = self.projection(pooled_NE)
+        return projected
+
+    def _mask(self, real_NL: Tensor) -> Tensor:
+        length = real_NL.shape[1]
+        mask = real_NL[:, None, None, :].expand(-1, 1, length, -1)
+        if self.causal:
+            mask = mask & torch.ones(length, length, dtype=torch.bool, device=real_NL.device).tril()
+        # A row of padding alone would attend to nothing and give NaN: let every token see itself.
+        return mask | torch.eye(length, dtype=torch.bool, device=real_NL.device)
+
+    def checkpoint_gradients(self) -> None:
+        self.checkpointing = True
+
+    def description(self) -> dict[str, Any]:
+        return {"kind": "transformer", **self.arguments}
+
+
+class HuggingFaceTextTower(nn.Module):
+    """An encoder from a local Hugging Face folder (never the hub), pooled, and a projection to the joint space.
+
+    Args:
+        config: a folder with ``config.json`` (and weights, which are then loaded), or the configuration itself
+            as a dict, which gives an untrained encoder (`contrastive.load` fills it from the model folder).
+        pool: ``mean`` over real tokens (sentence encoders), or ``cls``, the first token.
+
+    Raises:
+        UserError: transformers is missing, or the folder holds no model.
+    """
+
+    cuts_text = True  # the attention mask hides padding, positions count from the left
+
+    def __init__(self, config: str | Path | dict[str, Any], dim: int, pool: str = "mean", pad_id: int = 0) -> None:
+        super().__init__()
+        try:
+            from transformers import AutoConfig, AutoModel
+        except ImportError:
+            raise UserError(
+                "model.text.kind huggingface needs transformers; `pip install contrastive[pretrained]`"
+            ) from None
+        if isinstance(config, dict):
+            options = {key: value for key, value in config.items() if key != "model_type"}
+            self.encoder = AutoModel.from_config(AutoConfig.for_model(config["model_type"], **options))
+        else:
+            if not (Path(config) / "config.json").is_file():
+                raise UserError(f"model.text.path: {config} is no Hugging Face model folder (no config.json)")
+            self.encoder = AutoModel.from_pretrained(str(config), local_files_only=True)
+        self.pool, self.pad_id, self.dim = pool, pad_id, dim
+        self.projection = nn.Linear(self.encoder.config.hidden_size, dim, bias=False)
+        # BERT's own pooler is not read, and a parameter without a gradient stops distributed training.
+        if getattr(self.encoder, "pooler", None) is not None:
+            self.encoder.pooler = None
+
+    def forward(self, tokens_NL: Tensor) -> Tensor:
+        mask_NL = (tokens_NL != self.pad_id).long()
+        hidden_NLE = self.encoder(input_ids=tokens_NL, attention_mask=mask_NL).last_hidden_state
+        if self.pool == "cls":
+            pooled_NE = hidden_NLE[:, 0]
+        else:
+            weight_NL1 = mask_NL.unsqueeze(-1).to(hidden_NLE.dtype)
+            pooled_NE = (hidden_NLE * weight_NL1).sum(1) / weight_NL1.sum(1).clamp(min=1)
+        projected: Tensor = self.projection(pooled_NE)
+        return projected
+
+    def checkpoint_gradients(self) -> None:
+        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def description(self) -> dict[str, Any]:
+        config = self.encoder.config
+        return {
+            "kind": "huggingface",
+            "config": {**config.to_diff_dict(), "model_type": config.model_type},
+            "dim": self.dim,
+            "pool": self.pool,
+            "pad_id": self.pad_id,
+        }

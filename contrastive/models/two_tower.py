@@ -1,0 +1,129 @@
+"""The two-tower model. Legend: N pairs, H = W = ``image_size``, L tokens, F features before, D after the projection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from contrastive.models.image_towers import ImageTower
+from contrastive.models.preprocess import preprocess_image
+from contrastive.models.text_towers import TextTower
+from contrastive.models.tokenizer import Tokenizer
+
+
+class TwoTower(nn.Module):
+    """An image and a text tower that share a joint space, as in CLIP (Radford et al. 2021, arXiv:2103.00020).
+
+    ``forward`` goes through both towers, so that a wrapper which averages gradients (DDP) sees every parameter;
+    ``encode_image`` and ``encode_text`` are for using the model.
+
+    Args:
+        image, text, tokenizer: the towers and the tokenizer that belongs to the text tower.
+        scale_init, scale_max: the logit scale (1 / temperature) and its cap; CLIP's are 1 / 0.07 and 100.
+        scale_learned: False keeps the scale where it starts.
+        bias: start of the logit bias that sigmoid losses use; None for a model without one.
+        lock_image, lock_text: keep a tower's trunk as it is (no gradient, evaluation mode); its projection learns.
+    """
+
+    def __init__(
+        self,
+        image: ImageTower,
+        text: TextTower,
+        tokenizer: Tokenizer,
+        dim: int,
+        *,
+        scale_init: float = 1 / 0.07,
+        scale_max: float = 100.0,
+        scale_learned: bool = True,
+        bias: float | None = None,
+        lock_image: bool = False,
+        lock_text: bool = False,
+        name: str = "two-tower",
+    ) -> None:
+        super().__init__()
+        assert isinstance(image, nn.Module) and isinstance(text, nn.Module)
+        self.image: Any = image
+        self.text: Any = text
+        self.tokenizer, self.dim, self.name, self.scale_max = tokenizer, dim, name, scale_max
+        self.image_size: int = image.image_size
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale_init)), requires_grad=scale_learned)
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
+        # 255 belongs to the constants: uint8 pixels become normalised floats in one fused pass.
+        self.register_buffer("pixel_mean", torch.tensor(image.mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(image.std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.channels_last = False
+        self.locked = tuple(tower for tower, lock in (("image", lock_image), ("text", lock_text)) if lock)
+        for tower in self.locked:
+            for key, parameter in getattr(self, tower).named_parameters():
+                parameter.requires_grad_("projection" in key or key == "proj")
+
+    # ---- using the model
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """A PIL image as uint8 ``(3, H, W)``: shorter side resized to ``image_size``, centre crop."""
+        return preprocess_image(image, self.image_size)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids, int64 ``(N, L)``; L is the longest caption where the tower allows it, else the context."""
+        tokens = self.tokenizer(texts)
+        missing = 0 if self.text.cuts_text else self.tokenizer.context - tokens.shape[1]
+        return F.pad(tokens, (0, missing), value=self.tokenizer.pad_id) if missing else tokens
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """L2-normalised embeddings ``(N, D)``, float32, of `pixels` ``(N, 3, H, W)``: uint8, or normalised floats."""
+        return F.normalize(self.image.project(self.image_features(pixels)).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """L2-normalised embeddings ``(N, D)``, float32, of token ids ``(N, L)``."""
+        return F.normalize(self.text(tokens).float(), dim=-1)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Features before the projection ``(N, F)``, what a linear probe reads."""
+        if pixels.dtype == torch.uint8:
+            pixels = (pixels.float() - self.pixel_mean) / self.pixel_std
+        if self.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        features: Tensor = self.image.features(pixels)
+        return features
+
+    # ---- training it
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> dict[str, Tensor | None]:
+        """Both embeddings ``(N, D)``, the logit scale (not its logarithm) and the bias, as the losses take them."""
+        return {
+            "image": self.encode_image(pixels),
+            "text": self.encode_text(tokens),
+            "scale": self.logit_scale.exp(),
+            "bias": self.logit_bias,
+        }
+
+    def clamp_scale(self) -> None:
+        """Keep the scale under its cap and above 1; called after every optimizer step, as CLIP does."""
+        with torch.no_grad():
+            self.logit_scale.clamp_(0.0, math.log(self.scale_max))
+
+    def train(self, mode: bool = True) -> TwoTower:
+        super().train(mode)
+        for tower in self.locked:  # a locked tower's dropout and batch statistics stay off
+            getattr(self, tower).eval()
+        return self
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in backward instead of storing them."""
+        self.image.checkpoint_gradients()
+        self.text.checkpoint_gradients()
+
+    def use_channels_last(self) -> None:
+        """Convolutions in channels-last layout; results agree to rounding."""
+        self.channels_last = True
+        self.image.to(memory_format=torch.channels_last)

@@ -1,0 +1,162 @@
+"""The main job from a recipe to a report: prepare the run folder, train, evaluate, write what was found.
+
+Read top to bottom, `pretrain` is the whole story; each line of it is a function below or in another room.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from contrastive.build import build_accelerator, build_model, build_trainer
+from contrastive.config import Config, PairModelConfig, TrainedTokenizerConfig, dump_yaml
+from contrastive.errors import UserError
+from contrastive.evaluation import evaluate_labelled, evaluate_pairs, format_results_table, write_report
+from contrastive.models import CorpusTokenizer, TwoTower, load, reinitialised, save_model, train_tokenizer
+from contrastive.shards import ShardIndex, open_cache, open_index
+from contrastive.training import environment, list_checkpoints, read_metrics
+
+# What a run writes; `--overwrite` deletes these and nothing else.
+WRITTEN = (
+    "checkpoints", "model", "tensorboard", "config.yaml", "environment.json",
+    "metrics.jsonl", "results.json", "report.html", "tokenizer.json",
+)  # fmt: skip
+
+
+def pretrain(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop_after: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any] | None:
+    """Train as `config` says, then evaluate and write the report.
+
+    Args:
+        resume: go on from the newest checkpoint of the run folder.
+        overwrite: delete an earlier run in the same folder.
+        stop_after: stop behind this step, with a checkpoint, as if the run had been interrupted.
+        quiet: no progress.
+
+    Returns:
+        the results, on the main process of a run that is complete; else None.
+
+    Raises:
+        UserError: anything in the recipe, the data or the run folder that the user can mend.
+    """
+    run_dir = Path(config.run.dir)
+    accelerator = build_accelerator(config)
+    checkpoint = prepare_run_dir(run_dir, accelerator, resume=resume, overwrite=overwrite)
+    with accelerator.main_process_first():  # one process builds the index, the others read it
+        train_index = open_index(config.data.train)
+        validation_index = open_index(config.data.validation) if config.data.validation else None
+        if config.data.cache:
+            open_cache(train_index)
+    config = settle_tokenizer(config, accelerator, train_index, run_dir)
+    model = build_model(config)
+    if accelerator.is_main_process:
+        (run_dir / "config.yaml").write_text(dump_yaml(config))
+        (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        if not quiet:
+            print(summary(config, model, train_index, accelerator), flush=True)
+
+    trainer = build_trainer(
+        config, accelerator, model, train_index, validate=validation(validation_index), quiet=quiet
+    )
+    if config.track.trackers:
+        accelerator.init_trackers(run_dir.name if "tensorboard" not in config.track.trackers else "tensorboard")
+    try:
+        complete = trainer.fit(checkpoint, stop_after=stop_after)
+        if not accelerator.is_main_process:
+            return None
+        two_tower: TwoTower = accelerator.unwrap_model(trainer.model).eval()
+        save_model(two_tower, run_dir / "model")
+        if not complete:
+            if not quiet:
+                print(f"stopped at step {trainer.step}; `--resume` goes on from {run_dir / 'checkpoints'}")
+            return None
+        results = evaluate(config, load(run_dir, device=accelerator.device), validation_index, trainer.seconds, quiet)
+        return results
+    finally:
+        accelerator.end_training()
+
+
+def prepare_run_dir(run_dir: Path, accelerator: Accelerator, *, resume: bool, overwrite: bool) -> Path | None:
+    """Create the run folder; returns the checkpoint to go on from, None for a new run."""
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    started = (run_dir / "metrics.jsonl").exists() or bool(checkpoints)
+    if resume:
+        if not checkpoints:
+            raise UserError(f"--resume: {run_dir} has no checkpoint to go on from; leave the option out to start")
+        return checkpoints[-1]
+    if started and not overwrite:
+        raise UserError(
+            f"run.dir: {run_dir} already holds a run; add --resume to go on, --overwrite to start again, "
+            "or run.dir=ANOTHER to keep both"
+        )
+    accelerator.wait_for_everyone()  # every rank has looked before one deletes
+    if accelerator.is_main_process:
+        for name in WRITTEN if started else ():
+            path = run_dir / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    return None
+
+
+def settle_tokenizer(config: Config, accelerator: Accelerator, index: ShardIndex, run_dir: Path) -> Config:
+    """Train the tokenizer of a recipe that asks for it, once, and name its file in the configuration."""
+    model = config.model
+    if not (isinstance(model, PairModelConfig) and isinstance(model.tokenizer, TrainedTokenizerConfig)):
+        return config
+    choice = model.tokenizer
+    if choice.path is not None:
+        return config
+    path = run_dir / "tokenizer.json"
+    if accelerator.is_main_process and not path.exists():
+        trained = train_tokenizer(index.captions(), vocab_size=choice.vocab_size, lowercase=choice.lowercase)
+        trained.save(str(path))
+    accelerator.wait_for_everyone()
+    CorpusTokenizer(path)  # a file that cannot be read is told here
+    tokenizer = choice.model_copy(update={"path": str(path)})
+    return config.model_copy(update={"model": model.model_copy(update={"tokenizer": tokenizer})})
+
+
+def summary(config: Config, model: TwoTower, index: ShardIndex, accelerator: Accelerator) -> str:
+    """What is about to run, in three lines."""
+
+    def millions(module: Any) -> str:
+        parameters = list(module.parameters())
+        total, learned = (sum(p.numel() for p in ps) for ps in (parameters, [p for p in parameters if p.requires_grad]))
+        return f"{total / 1e6:.2f} M" + ("" if learned == total else f" ({learned / 1e6:.2f} M learned)")
+
+    batch, world = config.train.global_batch, accelerator.num_processes
+    return (
+        f"model   image tower {millions(model.image)}, text tower {millions(model.text)} parameters; "
+        f"{model.image_size} px, {model.dim} dimensions\n"
+        f"data    {len(index):,} pairs in {config.data.train}; global batch {batch}"
+        f"{f' = {world} processes x {batch // world}' if world > 1 else ''}, {len(index) / batch:.1f} steps an epoch\n"
+        f"run     {config.run.dir} on {accelerator.device}, precision {accelerator.mixed_precision}, "
+        f"loss {config.loss.kind}"
+    )
+
+
+def validation(index: ShardIndex | None) -> Callable[[Any], dict[str, float]] | None:
+    """The scalars that are logged during training: recall and zero-shot on the validation shards."""
+    if index is None:
+        return None
+
+    def validate(model: Any) -> dict[str, float]:
+        return evaluate_pairs(model, index, bootstrap=0).scalars()
+
+    return validate

@@ -1,0 +1,129 @@
+"""Checkpoints: all that the rest of a run depends on, in a folder that appears whole or not at all.
+
+``checkpoints/step_<n>/`` holds ``model.safetensors``, ``optimizer.pt``, ``random_<rank>.pt`` and ``state.json``. Tensors
+are read with ``weights_only=True``; nothing else is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import Optimizer
+
+from contrastive.errors import UserError
+
+
+def random_state() -> dict[str, Any]:
+    """State of every generator that a step may draw from, of this process."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(name), torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, gauss],
+        "python": list(random.getstate()[1]),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put every generator back to what `random_state` saw."""
+    torch.set_rng_state(state["torch"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    random.setstate((3, tuple(state["python"]), None))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_checkpoint(
+    folder: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Write ``folder/step_<n>`` with n = ``state["step"]``, then delete the oldest beyond `keep`. All ranks call it."""
+    target = folder / f"step_{state['step']}"
+    partial = folder / f".partial_step_{state['step']}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    torch.save(random_state(), partial / f"random_{accelerator.process_index}.pt")
+    if accelerator.is_main_process:
+        weights = accelerator.unwrap_model(model).state_dict()
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial / "model.safetensors")
+        saved = {"optimizer": optimizer.state_dict()}
+        if accelerator.scaler is not None:
+            saved["scaler"] = accelerator.scaler.state_dict()
+        torch.save(saved, partial / "optimizer.pt")
+        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)  # the commit: a name without the prefix is whole
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [(int(m[1]), p) for p in folder.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))]
+    return [path for _, path in sorted(found) if (path / "state.json").is_file()]
+
+
+def load_checkpoint(
+    path: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    expected: dict[str, Any],
+) -> dict[str, Any]:
+    """Put model, optimizer and random states back; returns the saved state.
+
+    Args:
+        expected: entries of the state that must be equal (the model's description, the data's fingerprint …).
+
+    Raises:
+        UserError: the checkpoint belongs to another model, data set or batch size.
+    """
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    for key, value in expected.items():
+        if state.get(key) != value:
+            raise UserError(
+                f"{path}: cannot resume, its {key} is another one ({_difference(state.get(key), value)}); "
+                "resume with the recipe that it was started with, or choose another run.dir"
+            )
+    accelerator.unwrap_model(model).load_state_dict(load_file(path / "model.safetensors"))
+    saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    if accelerator.scaler is not None and "scaler" in saved:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    own = path / f"random_{accelerator.process_index}.pt"
+    if own.is_file():  # absent when the run goes on with more processes; the loader does not depend on it
+        restore_random_state(torch.load(own, weights_only=True))
+    return state
+
+
+def _difference(saved: Any, now: Any, path: str = "") -> str:
+    """The first place where two JSON values differ, as ``key: saved, now``."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in sorted({*saved, *now}):
+            if saved.get(key) != now.get(key):
+                return _difference(saved.get(key), now.get(key), f"{path}.{key}" if path else key)
+    return f"{path + ': ' if path else ''}saved {saved}, now {now}"

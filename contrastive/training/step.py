@@ -1,0 +1,57 @@
+"""One training step: both towers forward, the loss across all processes, backward, clip, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from contrastive.training.optimizer import set_learning_rate
+
+LossFunction = Callable[..., dict[str, Tensor]]
+
+
+class TrainStep:
+    """``step(batch, lr_factor) -> metrics``; metrics are 0-d tensors on the device, so that a step never waits.
+
+    Args:
+        model: the two-tower model as ``accelerator.prepare`` returned it. It is called as a whole: going through a
+            tower of the unwrapped model would leave that tower's gradients unaveraged over processes.
+        loss: follows the loss contract; its value is such that averaged gradients are those of the global loss.
+        clip: largest gradient norm, or None.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        loss: LossFunction,
+        optimizer: Optimizer,
+        *,
+        clip: float | None,
+    ) -> None:
+        self.accelerator, self.model, self.loss, self.optimizer, self.clip = accelerator, model, loss, optimizer, clip
+        self.two_tower: Any = accelerator.unwrap_model(model)
+
+    def __call__(self, batch: Any, lr_factor: float) -> dict[str, Tensor]:
+        device = self.accelerator.device
+        set_learning_rate(self.optimizer, lr_factor)
+        out = self.model(batch.pixels.to(device, non_blocking=True), batch.tokens.to(device, non_blocking=True))
+        valid = None if bool(batch.valid.all()) and self.accelerator.num_processes == 1 else batch.valid.to(device)
+        metrics = self.loss(
+            out["image"], out["text"], out["scale"], out["bias"], ids=batch.ids.to(device), valid=valid
+        )
+        self.accelerator.backward(metrics["loss"])
+        if self.clip is not None:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+            if norm is not None:
+                metrics["gradient_norm"] = norm
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.two_tower.clamp_scale()
+        metrics["scale"] = self.two_tower.logit_scale.exp()
+        return {key: value.detach() for key, value in metrics.items() if torch.is_tensor(value)}

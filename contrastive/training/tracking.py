@@ -1,0 +1,64 @@
+"""Where a run's numbers go: ``metrics.jsonl``, accelerate's trackers, and ``environment.json``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, so that a result can be placed later."""
+    packages = {}
+    for name in ("contrastive", "torch", "open_clip_torch", "timm", "accelerate", "tokenizers", "numpy", "pillow"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": packages,
+        "command": sys.argv,
+    }
+
+
+class Tracker:
+    """Writes a row of numbers to ``metrics.jsonl`` and to the trackers of the accelerator, from the main process.
+
+    A resumed run first drops the rows after the step it goes on from, so that no step stands twice.
+    """
+
+    def __init__(self, accelerator: Accelerator, run_dir: Path, *, from_step: int = 0) -> None:
+        self.accelerator = accelerator
+        self.path = run_dir / "metrics.jsonl"
+        if accelerator.is_main_process:
+            rows = read_metrics(self.path) if from_step else []
+            kept = [row for row in rows if row["step"] <= from_step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One row; keys such as ``train/loss``. A value that is not finite is written as null: JSON has no NaN."""
+        if self.accelerator.is_main_process:
+            row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.accelerator.log(values, step=step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; none when the file does not exist."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]

@@ -1,0 +1,229 @@
+"""The loop. One step is in ``step.py``; this file decides when to log, validate, save and stop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+
+from contrastive.training.checkpoint import load_checkpoint, save_checkpoint
+from contrastive.training.progress import Progress
+from contrastive.training.schedule import Duration, Schedule
+from contrastive.training.step import LossFunction, TrainStep
+from contrastive.training.tracking import Tracker
+
+Validate = Callable[[Any], dict[str, float]]
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became infinite or not a number; the newest checkpoint is from before."""
+
+
+class Trainer:
+    """Trains a two-tower model until its duration is over, it is told to stop, or the loss is no number.
+
+    Every rank runs the same steps. What must be decided alike (stop? how far are we?) is agreed in one small
+    all-reduce a step, never from a rank's own clock.
+
+    Args:
+        make_loader: ``start_step -> iterable of batches``; batches are a pure function of the step.
+        identity: what a checkpoint must have in common with this run to be resumed (JSON).
+        validate: ``two-tower model -> {name: value}``, called on the main process every `validate_every` (a number of
+            steps, or a share of the run between 0 and 1; None for never).
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        loss: LossFunction,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        duration: Duration,
+        make_loader: Callable[[int], Iterable[Any]],
+        *,
+        run_dir: Path,
+        global_batch: int,
+        identity: dict[str, Any],
+        clip: float | None = 1.0,
+        checkpoint_every: int | None = None,
+        keep: int = 2,
+        validate: Validate | None = None,
+        validate_every: int | float | None = None,
+        log_every: int = 10,
+        quiet: bool = False,
+    ) -> None:
+        self.accelerator, self.schedule, self.duration, self.make_loader = (
+            accelerator,
+            schedule,
+            duration,
+            make_loader,
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.train_step = TrainStep(accelerator, self.model, loss, self.optimizer, clip=clip)
+        self.run_dir, self.global_batch, self.identity = run_dir, global_batch, identity
+        self.checkpoint_every, self.keep = checkpoint_every, keep
+        self.validate, self.validate_every = validate, validate_every
+        self.log_every = log_every
+        self.quiet = quiet
+        self.step = 0  # optimizer steps done: the whole position in the data
+        self.seconds = 0.0  # training time, validation and saving left out
+        self.rejected: dict[str, int] = {}
+
+    # ---- the loop
+
+    def fit(self, resume_from: Path | None = None, stop_after: int | None = None) -> bool:
+        """Run to the end, or to step `stop_after`; a checkpoint is saved there either way.
+
+        Returns:
+            True when the run is complete, False when it was stopped early (`stop_after` or a signal).
+        """
+        self.model.train()
+        if resume_from is not None:
+            self._restore(resume_from)
+        loader = iter(self.make_loader(self.step))
+        tracker = Tracker(self.accelerator, self.run_dir, from_step=self.step)
+        progress = Progress(enabled=self.accelerator.is_main_process and not self.quiet)
+        window = _Window()
+        share = self.duration.progress(self.step, self.seconds)
+        stopping = False
+        with _stop_on_signal() as stop_requested:
+            while share < 1.0 and not stopping:
+                started = time.perf_counter()
+                batch = next(loader)
+                loaded = time.perf_counter()
+                factor = self.schedule.factor(self.step, share)
+                metrics = self.train_step(batch, factor)
+                self.step += 1
+                finished = time.perf_counter()
+                before = share
+                stopping, share = self._agree(stop_requested.is_set(), finished - started)
+                stopping = stopping or self.step == stop_after
+                window.add(metrics, batch, loaded - started, finished - started, factor)
+                for reason, count in batch.rejected.items():
+                    self.rejected[reason] = self.rejected.get(reason, 0) + count
+                if self.step % self.log_every == 0 or share >= 1.0 or stopping:
+                    self._log(window, tracker, progress, share)
+                    window = _Window()
+                last = share >= 1.0 or stopping
+                if last or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
+                    self._save()
+                if self._validation_due(before, share):
+                    self._validate(tracker, progress)
+        progress.close()
+        return share >= 1.0
+
+    def _agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
+        """Add this step's time and decide, alike on every rank, whether to stop and how far the run is."""
+        if self.accelerator.num_processes > 1:
+            flags = torch.tensor([float(stop), seconds], device=self.accelerator.device, dtype=torch.float64)
+            flags = torch.stack(list(self.accelerator.gather(flags).view(-1, 2))).amax(0)
+            stop, seconds = bool(flags[0] > 0), float(flags[1])
+        self.seconds += seconds
+        return stop, self.duration.progress(self.step, self.seconds)
+
+    # ---- what happens now and then
+
+    def _log(self, window: _Window, tracker: Tracker, progress: Progress, share: float) -> None:
+        values = window.means()
+        if self.accelerator.num_processes > 1:  # every rank holds the loss of its own rows
+            keys = sorted(values)
+            stacked = torch.tensor([values[k] for k in keys], device=self.accelerator.device, dtype=torch.float64)
+            mean = self.accelerator.reduce(stacked, reduction="mean")
+            values = dict(zip(keys, mean.tolist(), strict=True))
+        rate = window.steps * self.global_batch / window.step_seconds
+        wait = window.wait_seconds / window.step_seconds
+        row = {f"train/{key}": value for key, value in values.items()}
+        row |= {"train/lr_factor": window.lr_factor, "train/pairs_per_second": rate, "train/data_wait": wait}
+        row |= {"train/samples": float(self.step * self.global_batch), "train/seconds": self.seconds}
+        row |= {f"train/rejected_{reason.replace(' ', '_')}": float(n) for reason, n in self.rejected.items()}
+        tracker.log(self.step, row)
+        progress.update(self.step, share, self.seconds, rate, wait, values["loss"])
+        if not math.isfinite(values["loss"]):
+            raise NonFiniteLoss(
+                f"the loss is {values['loss']} at step {self.step}; lower optim.lr or raise optim.warmup, and go on "
+                "from the newest checkpoint with --resume"
+            )
+
+    def _validation_due(self, before: float, now: float) -> bool:
+        if self.validate is None or now >= 1.0 or not self.validate_every:
+            return False  # the last validation is the caller's: it wants more than scalars
+        if isinstance(self.validate_every, int):
+            return self.step % self.validate_every == 0
+        return math.floor(now / self.validate_every + 1e-9) > math.floor(before / self.validate_every + 1e-9)
+
+    def _validate(self, tracker: Tracker, progress: Progress) -> None:
+        assert self.validate is not None
+        if self.accelerator.is_main_process:
+            # Validation must not move the random streams: resuming behind it would give other weights.
+            with torch.random.fork_rng():
+                two_tower: Any = self.accelerator.unwrap_model(self.model)
+                values = self.validate(two_tower)
+                two_tower.train()
+            tracker.log(self.step, {f"validation/{key}": value for key, value in values.items()})
+            progress.write(
+                f"validation at step {self.step}: " + " · ".join(f"{key} {value:.4g}" for key, value in values.items())
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        state = {"step": self.step, "seconds": self.seconds, "rejected": self.rejected, **self.identity}
+        folder = self.run_dir / "checkpoints"
+        save_checkpoint(folder, self.accelerator, self.model, self.optimizer, state, keep=self.keep)
+
+    def _restore(self, path: Path) -> None:
+        state = load_checkpoint(path, self.accelerator, self.model, self.optimizer, self.identity)
+        self.step, self.seconds, self.rejected = state["step"], state["seconds"], dict(state["rejected"])
+
+
+class _Window:
+    """Sums since the last log line; tensors stay on the device until `means`, so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.steps = 0
+        self.wait_seconds = self.step_seconds = self.lr_factor = 0.0
+
+    def add(self, metrics: dict[str, torch.Tensor], batch: Any, wait: float, seconds: float, factor: float) -> None:
+        for key, value in metrics.items():
+            self.sums[key] = self.sums[key] + value.float() if key in self.sums else value.float()
+        self.steps += 1
+        self.wait_seconds += wait
+        self.step_seconds += seconds
+        self.lr_factor = factor
+
+    def means(self) -> dict[str, float]:
+        return {key: float(value) / self.steps for key, value in self.sums.items()}
+
+
+@contextmanager
+def _stop_on_signal() -> Any:
+    """An event that SIGINT or SIGTERM sets: the run saves at the next step boundary and stops."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: Any) -> None:
+        if event.is_set() and number == signal.SIGINT:  # the second Ctrl-C means now
+            raise KeyboardInterrupt
+        event.set()
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
