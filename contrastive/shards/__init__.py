@@ -1,0 +1,29 @@
+"""Image-text pairs on disk: reading what a user has, writing shards, indexing them, and loading batches."""
+
+from contrastive.shards.augment import Augment, augment_image
+from contrastive.shards.batch import Batch
+from contrastive.shards.decode import decode_image, resize_square
+from contrastive.shards.index import ShardIndex, caption_id, open_index
+from contrastive.shards.loader import PairLoader
+from contrastive.shards.record import Record, Rejected, image_extension
+from contrastive.shards.sources import Source, open_source
+from contrastive.shards.write import Manifest, write_shards
+
+__all__ = [
+    "Augment",
+    "Batch",
+    "Manifest",
+    "PairLoader",
+    "Record",
+    "Rejected",
+    "ShardIndex",
+    "Source",
+    "augment_image",
+    "caption_id",
+    "decode_image",
+    "image_extension",
+    "open_index",
+    "open_source",
+    "resize_square",
+    "write_shards",
+]

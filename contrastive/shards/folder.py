@@ -1,0 +1,56 @@
+"""A folder (or a list) of image files."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from contrastive.errors import UserError
+from contrastive.shards.record import Record
+from contrastive.shards.sources import Source
+
+
+class ImageFolder(Source):
+    """Image files; the key is the path without its extension.
+
+    With sidecars (cat.jpg beside cat.txt) every line that is not empty is a caption, the first being *the* caption.
+    Without any, when all images lie in sub-folders, the label is the name of the first sub-folder.
+    """
+
+    kind = "images"
+
+    def __init__(self, root: Path | None, files: list[Path]) -> None:
+        self.root = (
+            root
+            if root is not None
+            else Path(os.path.commonpath([file.parent for file in files]))
+        )
+        self.files = files
+        has_sidecar = any(file.with_suffix(".txt").exists() for file in files)
+        self.labelled = (
+            root is not None
+            and not has_sidecar
+            and all(file.parent != root for file in files)
+        )
+
+    def _count(self) -> int:
+        return len(self.files)
+
+    def _records(self) -> Iterator[Record]:
+        for file in self.files:
+            name = file.relative_to(self.root)
+            yield Record(
+                key=name.with_suffix("").as_posix(),
+                image=file.read_bytes(),
+                captions=() if self.labelled else _captions(file.with_suffix(".txt")),
+                label=name.parts[0] if self.labelled else None,
+            )
+
+
+def _captions(sidecar: Path) -> tuple[str, ...]:
+    try:
+        text = sidecar.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return ()
+    except UnicodeDecodeError:
+        raise UserError(f"{sidecar}: not UTF-8; save it as UTF-8") from None
+    return tuple(line.strip() for line in text.splitlines() if line.strip())

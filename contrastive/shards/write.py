@@ -1,0 +1,159 @@
+"""Writing pairs as tar shards in the layout of webdataset: key.webp, key.txt, key.json."""
+
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from contrastive.errors import UserError
+from contrastive.shards.index import PathLike, caption_id
+from contrastive.shards.record import Record, image_extension
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was written: pairs, file names of the shards, rows left out by reason, pairs that repeat a caption."""
+
+    pairs: int
+    shards: list[str]
+    skipped: dict[str, int]
+    duplicate_captions: int
+
+
+def write_shards(
+    source: Iterable[Record],
+    dest: PathLike,
+    *,
+    samples_per_shard: int = 1000,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write the records that have an image and a caption, in order, to the folder `dest`.
+
+    The bytes written depend on the records only. Everything goes to a temporary folder beside `dest`, which is
+    renamed when it is complete. Image bytes are stored untouched, under the extension of their real format.
+
+    Raises UserError: `dest` is in use (unless `overwrite`, which replaces shards and nothing else), a key occurs
+    twice, or no row is a pair.
+    """
+    if samples_per_shard < 1:
+        raise UserError(f"samples_per_shard {samples_per_shard}: give at least 1")
+    dest = Path(os.path.abspath(dest))
+    _check_free(dest, overwrite)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    temporary = dest.with_name(f".{dest.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        manifest = _write(source, temporary, samples_per_shard)
+        (temporary / MANIFEST).write_text(
+            json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8"
+        )
+        old = dest.with_name(f".{dest.name}.{os.getpid()}.old")
+        if dest.exists():
+            os.replace(dest, old)
+        os.replace(temporary, dest)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return manifest
+
+
+def _write(source: Iterable[Record], folder: Path, samples_per_shard: int) -> Manifest:
+    skipped: Counter[str] = Counter()
+    keys: set[str] = set()
+    captions: set[int] = set()
+    shards: list[str] = []
+    tar: tarfile.TarFile | None = None
+    try:
+        for record in source:
+            extension = image_extension(record.image) if record.image else None
+            reason = _fault(record, extension)
+            if reason:
+                skipped[reason] += 1
+                continue
+            key = _safe_key(record.key)
+            if key in keys:
+                raise UserError(
+                    f"key '{key}' occurs twice; give every pair a key of its own"
+                )
+            if len(keys) % samples_per_shard == 0:
+                if tar is not None:
+                    tar.close()
+                shards.append(f"{len(shards):05d}.tar")
+                tar = tarfile.open(folder / shards[-1], "w", format=tarfile.GNU_FORMAT)
+            keys.add(key)
+            captions.add(caption_id(record.captions[0]))
+            assert tar is not None and record.image is not None
+            info = {**record.meta, "captions": list(record.captions)}
+            if record.label is not None:
+                info["label"] = record.label
+            _add(tar, f"{key}.{extension}", record.image)
+            _add(tar, f"{key}.txt", record.captions[0].encode())
+            _add(
+                tar,
+                f"{key}.json",
+                json.dumps(info, ensure_ascii=False, sort_keys=True).encode(),
+            )
+    finally:
+        if tar is not None:
+            tar.close()
+    if not keys:
+        found = (
+            ", ".join(f"{count} with {reason}" for reason, count in skipped.items())
+            or "no rows"
+        )
+        raise UserError(
+            f"nothing to write: {found}; every pair needs an image and a caption (which column?)"
+        )
+    return Manifest(
+        len(keys), shards, dict(sorted(skipped.items())), len(keys) - len(captions)
+    )
+
+
+def _fault(record: Record, extension: str | None) -> str | None:
+    if not record.image:
+        return "no image"
+    if extension is None:
+        return "unknown image format"
+    if not record.captions or not record.captions[0].strip():
+        return "no caption"
+    return None
+
+
+def _safe_key(key: str) -> str:
+    """The layout ends a key at the first dot; a tar member's name must not leave the folder it is unpacked in."""
+    return re.sub(r"[.\\\x00-\x1f]", "_", key).strip("/") or "_"
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # its defaults: time 0, user and group 0, mode 644
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _check_free(dest: Path, overwrite: bool) -> None:
+    if not dest.exists():
+        return
+    if not dest.is_dir():
+        raise UserError(f"{dest}: is a file; give a folder")
+    names = [p.name for p in dest.iterdir()]
+    if not names:
+        return
+    if not overwrite:
+        raise UserError(
+            f"{dest}: the folder is not empty; give another, or --overwrite"
+        )
+    ours = re.compile(r"\d{5,}\.tar|manifest\.json|\.?index.*|\.?pixels-.*")
+    foreign = [name for name in sorted(names) if not ours.fullmatch(name)]
+    if foreign:
+        raise UserError(
+            f"{dest}: holds '{foreign[0]}', which is no shard; nothing was overwritten"
+        )
