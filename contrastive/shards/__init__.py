@@ -2,6 +2,7 @@
 
 from contrastive.shards.augment import Augment, augment_image
 from contrastive.shards.batch import Batch
+from contrastive.shards.cache import open_cache
 from contrastive.shards.decode import decode_image, resize_square
 from contrastive.shards.index import ShardIndex, caption_id, open_index
 from contrastive.shards.loader import PairLoader
@@ -22,6 +23,7 @@ __all__ = [
     "caption_id",
     "decode_image",
     "image_extension",
+    "open_cache",
     "open_index",
     "open_source",
     "resize_square",

@@ -16,11 +16,13 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's greyscale
 class Augment:
     """How strongly images are changed.
 
-    crop: smallest and largest share of the image's area. ratio: largest width : height of the crop (and its inverse).
-    flip: probability of a mirror image. rotate: largest angle in degrees, either way; corners are filled.
+    crop: smallest and largest share of the image's area.
+    ratio: largest width : height of the crop, and its inverse the smallest.
+    flip: probability of a mirror image.
+    rotate: largest angle in degrees, either way; uncovered corners are filled.
     color: brightness, contrast and saturation each change by a factor in 1 ± color.
-    grayscale: probability of grey. tint: probability of a multiplication by a light colour (0.5 … 1 per channel),
-    which changes a white background too.
+    grayscale: probability of grey.
+    tint: probability of a multiplication by a light colour, 0.5 … 1 per channel, background too.
     """
 
     crop: tuple[float, float] = (1.0, 1.0)
@@ -44,9 +46,7 @@ class Augment:
             raise UserError(f"augment.rotate {self.rotate}: give degrees from 0 to 180")
         for name in ("flip", "color", "grayscale", "tint"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(
-                    f"augment.{name} {getattr(self, name)}: give a number from 0 to 1"
-                )
+                raise UserError(f"augment.{name} {getattr(self, name)}: give a number from 0 to 1")
 
 
 def augment_image(
@@ -59,13 +59,9 @@ def augment_image(
     return _colors(image, augment, u)
 
 
-def _geometry(
-    image: Image.Image, size: int, augment: Augment, u: Sequence[float], fill: int
-) -> Image.Image:
+def _geometry(image: Image.Image, size: int, augment: Augment, u: Sequence[float], fill: int) -> Image.Image:
     width, height = image.size
-    area = (
-        (augment.crop[0] + (augment.crop[1] - augment.crop[0]) * u[0]) * width * height
-    )
+    area = (augment.crop[0] + (augment.crop[1] - augment.crop[0]) * u[0]) * width * height
     aspect = augment.ratio ** (2 * u[1] - 1)
     crop_width, crop_height = math.sqrt(area * aspect), math.sqrt(area / aspect)
     shrink = min(
@@ -78,13 +74,11 @@ def _geometry(
         box = (left, top, min(left + crop_width, width), min(top + crop_height, height))
         return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
-    # An affine transform reads single pixels, without antialiasing: shrink large images by a whole factor first.
+    # An affine transform does not antialias: shrink large images by a whole factor first.
     factor = int(min(crop_width, crop_height) / size)
     if factor > 1:
         image = image.reduce(factor)
-        left, top, crop_width, crop_height = (
-            v / factor for v in (left, top, crop_width, crop_height)
-        )
+        left, top, crop_width, crop_height = (v / factor for v in (left, top, crop_width, crop_height))
     x_scale, y_scale = crop_width / size, crop_height / size
     a, b = math.cos(angle) * x_scale, -math.sin(angle) * y_scale
     d, e = math.sin(angle) * x_scale, math.cos(angle) * y_scale
@@ -100,13 +94,13 @@ def _geometry(
 
 
 def _colors(image: Image.Image, augment: Augment, u: Sequence[float]) -> Image.Image:
-    """Brightness, contrast, saturation, grey and tint are one affine map of a pixel's colour: one pass over it."""
+    """Brightness, contrast, saturation, grey and tint are one affine map of the colour: one pass."""
     brightness, contrast, saturation = (1 + augment.color * (2 * v - 1) for v in u[6:9])
     if u[9] < augment.grayscale:
         saturation = 0.0
     tint = [1.0, 1.0, 1.0]
     if augment.tint and u[10] < augment.tint:
-        # The probability's own number, stretched, gives the first channel: it is uniform given that it is small.
+        # u[10], stretched, gives the first channel: it is uniform, given that it is below the probability.
         tint = [1 - v / 2 for v in (u[10] / augment.tint, u[11], u[12])]
     if brightness == contrast == saturation == 1 and tint == [1.0, 1.0, 1.0]:
         return image
@@ -114,17 +108,12 @@ def _colors(image: Image.Image, augment: Augment, u: Sequence[float]) -> Image.I
     if contrast != 1:
         mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
         assert isinstance(mean, tuple)
-        offset = (
-            (1 - contrast)
-            * brightness
-            * sum(w * m for w, m in zip(_LUMA, mean, strict=True))
-        )
+        offset = (1 - contrast) * brightness * sum(w * m for w, m in zip(_LUMA, mean, strict=True))
     gain = brightness * contrast
     matrix: list[float] = []
     for channel in range(3):
         row = [
-            gain * ((1 - saturation) * w + (saturation if i == channel else 0))
-            for i, w in enumerate(_LUMA)
+            gain * ((1 - saturation) * w + (saturation if i == channel else 0)) for i, w in enumerate(_LUMA)
         ]
         matrix += [tint[channel] * v for v in (*row, offset)]
     return image.convert("RGB", tuple(matrix))

@@ -10,9 +10,9 @@ class Batch:
     """One process's samples of one step.
 
     pixels: uint8 (n, 3, height, width), channels last in memory. tokens: int64 (n, length).
-    ids: int64 (n,), equal where two captions are the same. valid: bool (n,), False for a sample that could not be
-    read: its pixels are zero and its tokens are those of "". keys: n names.
-    rejected: how many are not valid, by reason.
+    ids: int64 (n,), equal where two captions are the same.
+    valid: bool (n,), False for a sample that could not be read: its pixels are zero, its caption "".
+    keys: n names. rejected: how many are not valid, by reason.
     """
 
     pixels: torch.Tensor

@@ -18,10 +18,7 @@ class PixelCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.pixels: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        self.rejected = {
-            int(i): reason
-            for i, reason in json.loads(_sidecar(path).read_text()).items()
-        }
+        self.rejected = {int(i): reason for i, reason in json.loads(_sidecar(path).read_text()).items()}
 
     def __getstate__(self) -> dict[str, Path]:
         return {"path": self.path}  # a worker maps the file itself
@@ -38,11 +35,7 @@ def open_cache(index: ShardIndex) -> PixelCache:
     path = index.folder / f"pixels-{index.fingerprint[:16]}.npy"
     # The fingerprint covers names, places and captions; a newer shard may still hold other pixels.
     newest = max(shard.stat().st_mtime_ns for shard in index.shards)
-    if (
-        not path.exists()
-        or not _sidecar(path).exists()
-        or path.stat().st_mtime_ns < newest
-    ):
+    if not path.exists() or not _sidecar(path).exists() or path.stat().st_mtime_ns < newest:
         _build(index, path)
     return PixelCache(path)
 
@@ -60,13 +53,11 @@ def _build(index: ShardIndex, path: Path) -> None:
                 continue
             if pixels is None:
                 shape = (len(index), *image.shape)
-                pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)  # type: ignore[no-untyped-call]
+                pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
             if image.shape != pixels.shape[1:]:
-                first, other = (
-                    f"{s[1]}x{s[0]}" for s in (pixels.shape[1:], image.shape)
-                )
+                first, other = (f"{s[1]}x{s[0]}" for s in (pixels.shape[1:], image.shape))
                 raise UserError(
-                    f"data.cache: images differ in size ({first}, and {other} at '{index.key(i)}'); set it to false"
+                    f"data.cache: images differ in size ({first}, {other} at {index.key(i)}); set it to false"
                 )
             pixels[i] = image
         if pixels is None:
@@ -74,14 +65,12 @@ def _build(index: ShardIndex, path: Path) -> None:
                 f"{index.folder}: no image can be decoded ({', '.join(sorted(set(rejected.values())))})"
             )
         pixels.flush()  # type: ignore[attr-defined]
-        sidecar = temporary.with_suffix(".json")
+        sidecar = temporary.with_name(f"{temporary.name}.json")
         sidecar.write_text(json.dumps(rejected))
         os.replace(sidecar, _sidecar(path))
         os.replace(temporary, path)  # last: its presence says that the cache is whole
     except OSError as fault:
-        raise UserError(
-            f"data.cache: cannot write {path} ({fault.strerror}); set it to false"
-        ) from fault
+        raise UserError(f"data.cache: cannot write {path} ({fault.strerror}); set it to false") from fault
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""From encoded bytes to pixels, and nothing but pixels: no container formats, no code, no surprises in size."""
+"""From encoded bytes to pixels: a few image formats, nothing that runs code, no surprises in size."""
 
 import io
 import warnings
@@ -15,15 +15,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 def decode_image(data: bytes) -> Image.Image:
     """The image as RGB; transparency is laid over white.
 
-    Raises Rejected with a reason: "not an image", "truncated or damaged", "too many pixels" (told from the header,
-    before anything is decoded), "animated".
+    Raises Rejected with a reason: "not an image", "truncated or damaged", "too many pixels" (told from the
+    header, before anything is decoded), "animated".
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # PIL's own, milder warning about large images; odd EXIF blocks
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            warnings.simplefilter("ignore")  # PIL's own, milder warning about large images; odd EXIF blocks
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise Rejected("too many pixels") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, TypeError):
@@ -46,9 +44,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    if image.mode.startswith(
-        "I;16"
-    ):  # 16-bit grey: PIL's own conversion to RGB clips instead of scaling
+    if image.mode.startswith("I;16"):  # 16-bit grey: PIL's own conversion to RGB clips instead of scaling
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 

@@ -12,25 +12,17 @@ from contrastive.shards.sources import Source
 class ImageFolder(Source):
     """Image files; the key is the path without its extension.
 
-    With sidecars (cat.jpg beside cat.txt) every line that is not empty is a caption, the first being *the* caption.
-    Without any, when all images lie in sub-folders, the label is the name of the first sub-folder.
+    With sidecars (cat.jpg beside cat.txt) every line that is not empty is a caption, the first being *the*
+    caption. Without any, when all images lie in sub-folders, the label is the name of the first sub-folder.
     """
 
     kind = "images"
 
     def __init__(self, root: Path | None, files: list[Path]) -> None:
-        self.root = (
-            root
-            if root is not None
-            else Path(os.path.commonpath([file.parent for file in files]))
-        )
-        self.files = files
+        self.root = root if root is not None else Path(os.path.commonpath([file.parent for file in files]))
+        self.files, self.columns = files, []
         has_sidecar = any(file.with_suffix(".txt").exists() for file in files)
-        self.labelled = (
-            root is not None
-            and not has_sidecar
-            and all(file.parent != root for file in files)
-        )
+        self.labelled = root is not None and not has_sidecar and all(file.parent != root for file in files)
 
     def _count(self) -> int:
         return len(self.files)
@@ -38,9 +30,13 @@ class ImageFolder(Source):
     def _records(self) -> Iterator[Record]:
         for file in self.files:
             name = file.relative_to(self.root)
+            try:
+                image = file.read_bytes()
+            except OSError:  # a broken link, no permission
+                image = None
             yield Record(
                 key=name.with_suffix("").as_posix(),
-                image=file.read_bytes(),
+                image=image,
                 captions=() if self.labelled else _captions(file.with_suffix(".txt")),
                 label=name.parts[0] if self.labelled else None,
             )

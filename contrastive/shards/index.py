@@ -1,7 +1,7 @@
-"""Which pairs a set of tar shards holds, and where their bytes lie: the table that makes every pair reachable.
+"""Which pairs a set of tar shards holds, and where their bytes lie: a table to read any pair by.
 
-The index is built once by reading every header, saved beside the shards, and rebuilt when a shard's name, size or
-modification time changes.
+The index is built once by reading every header, saved beside the shards, and rebuilt when a shard's name,
+size or modification time changes.
 """
 
 import glob
@@ -50,11 +50,7 @@ class ShardIndex:
         """The sample's name."""
         ends = self._tables["key_ends"]
         start = int(ends[i - 1]) if i else 0
-        return (
-            self._tables["keys"][start : int(ends[i])]
-            .tobytes()
-            .decode("utf-8", "surrogateescape")
-        )
+        return self._tables["keys"][start : int(ends[i])].tobytes().decode("utf-8", "surrogateescape")
 
     def image(self, i: int) -> bytes:
         """The encoded bytes of the image."""
@@ -111,9 +107,7 @@ class ShardIndex:
             self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
         data = os.pread(self._files[shard], size, offset)
         if len(data) != size:
-            raise UserError(
-                f"{self.shards[shard]}: shorter than when it was indexed, at byte {offset}"
-            )
+            raise UserError(f"{self.shards[shard]}: shorter than when it was indexed, at byte {offset}")
         return data
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,9 +128,7 @@ def open_index(path: PathLike | Sequence[PathLike]) -> ShardIndex:
     """
     shards = find_shards(path)
     saved = shards[0].parent / _index_name(path, shards)
-    stats = np.array(
-        [(s.stat().st_size, s.stat().st_mtime_ns) for s in shards], np.int64
-    )
+    stats = np.array([(s.stat().st_size, s.stat().st_mtime_ns) for s in shards], np.int64)
     tables = _load(saved, shards, stats)
     if tables is None:
         tables = {**_scan(shards), "version": np.array(VERSION), "stats": stats}
@@ -144,12 +136,7 @@ def open_index(path: PathLike | Sequence[PathLike]) -> ShardIndex:
         _save(saved, tables)
     index = ShardIndex(shards, tables)
     if not len(index):
-        found = (
-            ", ".join(
-                f"{count} with {reason}" for reason, count in index.rejected.items()
-            )
-            or "no member"
-        )
+        found = ", ".join(f"{count} with {reason}" for reason, count in index.rejected.items()) or "no member"
         raise UserError(
             f"{path}: no pair in {len(shards)} shards ({found}); a pair is key.jpg beside key.txt"
         )
@@ -185,9 +172,7 @@ def find_shards(path: PathLike | Sequence[PathLike]) -> list[Path]:
 def caption_id(caption: str) -> int:
     """A 64-bit signed hash of a caption, blind to case, white space and Unicode spelling."""
     plain = " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
-    return int.from_bytes(
-        hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little", signed=True
-    )
+    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _scan(shards: list[Path]) -> dict[str, np.ndarray]:
@@ -198,10 +183,7 @@ def _scan(shards: list[Path]) -> dict[str, np.ndarray]:
     for number, shard in enumerate(shards):
         with open(shard, "rb") as file:
             for key, parts in _samples(shard):
-                image, text, info = (
-                    parts.get(kind, Member("", 0, 0))
-                    for kind in ("image", "txt", "json")
-                )
+                image, text, info = (parts.get(kind, Member("", 0, 0)) for kind in ("image", "txt", "json"))
                 file.seek(text.offset)
                 try:
                     caption = file.read(text.size).decode("utf-8").strip()
@@ -209,13 +191,7 @@ def _scan(shards: list[Path]) -> dict[str, np.ndarray]:
                     rejected["caption not UTF-8"] += 1
                     continue
                 if not caption or not image.size:
-                    rejected[
-                        "no image"
-                        if caption
-                        else "no caption"
-                        if image.size
-                        else "neither"
-                    ] += 1
+                    rejected["no image" if caption else "no caption" if image.size else "neither"] += 1
                     continue
                 keys.append(key.encode("utf-8", "surrogateescape"))
                 offsets = (image.offset, text.offset, info.offset)
@@ -266,9 +242,7 @@ def _variants(caption: str, meta: dict[str, Any]) -> tuple[str, ...]:
     captions = meta.get("captions")
     if not isinstance(captions, list):
         return ()
-    return tuple(
-        c for c in captions if isinstance(c, str) and c.strip() and c != caption
-    )
+    return tuple(c for c in captions if isinstance(c, str) and c.strip() and c != caption)
 
 
 def _fingerprint(shards: list[Path], tables: dict[str, np.ndarray]) -> str:
@@ -288,15 +262,11 @@ def _fingerprint(shards: list[Path], tables: dict[str, np.ndarray]) -> str:
 def _index_name(path: PathLike | Sequence[PathLike], shards: list[Path]) -> str:
     if isinstance(path, str | os.PathLike) and Path(path).is_dir():
         return "index.npz"
-    names = "\0".join(os.path.abspath(s) for s in shards).encode(
-        "utf-8", "surrogateescape"
-    )
+    names = "\0".join(os.path.abspath(s) for s in shards).encode("utf-8", "surrogateescape")
     return f"index-{hashlib.blake2b(names, digest_size=6).hexdigest()}.npz"
 
 
-def _load(
-    saved: Path, shards: list[Path], stats: np.ndarray
-) -> dict[str, np.ndarray] | None:
+def _load(saved: Path, shards: list[Path], stats: np.ndarray) -> dict[str, np.ndarray] | None:
     try:
         with np.load(saved, allow_pickle=False) as file:
             tables = dict(file)
@@ -314,7 +284,7 @@ def _save(saved: Path, tables: dict[str, np.ndarray]) -> None:
     temporary = saved.with_name(f".{saved.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, **tables)
+            np.savez(file, allow_pickle=False, **tables)
         os.replace(temporary, saved)
     except OSError:  # a read-only folder: the index lives in memory only
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The training loader: step s of rank r is always the same batch, whoever computes it and whenever it starts."""
+"""The training loader: step s of rank r is the same batch, whoever computes it and whenever."""
 
 import itertools
 import os
@@ -27,15 +27,17 @@ Tokenize = Callable[[list[str]], Any]
 class PairLoader:
     """Batches of image-text pairs, in an order that is a pure function of (seed, epoch, step).
 
-    tokenize: list of n captions → int64 (n, length), a tensor or an array. image_size: height and width of pixels.
-    augment: None for the evaluation transform. global_batch: samples of all processes together; rank r of `world`
-    gets the r-th contiguous slice. start_step, steps: iterating yields the steps start_step … steps − 1 of the run,
-    and never ends where steps is None. caption_variants: probability that one of a sample's further captions is
-    used. cache: decode every image once, and keep the pixels beside the shards (images of one size only).
+    tokenize: list of n captions → int64 (n, length), a tensor or an array.
+    image_size: height and width of the pixels. augment: None for the evaluation transform.
+    global_batch: samples of all processes together; rank r of `world` gets the r-th contiguous slice.
+    workers: processes that prepare batches; 0 does it in this one.
+    start_step, steps: the steps start_step … steps − 1 of the run are yielded; None: no end.
+    caption_variants: probability that one of a sample's further captions is used.
+    cache: decode every image once, and keep the pixels beside the shards (images of one size only).
     mean_fill: grey value of the corners that a rotation uncovers.
 
-    Every number drawn for a sample depends on (seed, epoch, sample) only: never on workers, processes or the start.
-    Raises UserError for a batch that does not divide and for a cache of images that differ in size.
+    Every number drawn for a sample depends on (seed, epoch, sample) only: never on workers, processes or the
+    start. Raises UserError for a batch that does not divide and for a cache of images that differ in size.
     """
 
     def __init__(
@@ -57,9 +59,7 @@ class PairLoader:
         mean_fill: int = 255,
     ) -> None:
         if not 0 <= caption_variants <= 1:
-            raise UserError(
-                f"caption_variants {caption_variants}: give a probability from 0 to 1"
-            )
+            raise UserError(f"caption_variants {caption_variants}: give a probability from 0 to 1")
         local_batch(global_batch, world)
         self.workers, self.start_step, self.steps = workers, start_step, steps
         self.steps_per_epoch = len(index) / global_batch
@@ -78,11 +78,7 @@ class PairLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        steps = (
-            itertools.count(self.start_step)
-            if self.steps is None
-            else range(self.start_step, self.steps)
-        )
+        steps = itertools.count(self.start_step) if self.steps is None else range(self.start_step, self.steps)
         if not self.workers:
             yield from map(self._dataset.__getitem__, steps)
             return
@@ -94,6 +90,7 @@ class PairLoader:
             collate_fn=_unchanged,
             worker_init_fn=_start_worker,
             prefetch_factor=2,
+            generator=torch.Generator(),  # else the workers' seed is drawn from the model's random stream
         )
 
 
@@ -131,9 +128,7 @@ class _Steps(Dataset[Batch]):
         self.cache = open_cache(index) if cache else None
 
     def __getitem__(self, step: int) -> Batch:
-        epochs, samples = self.order.step(
-            step, self.global_batch, self.rank, self.world
-        )
+        epochs, samples = self.order.step(step, self.global_batch, self.rank, self.world)
         numbers = draws(self.seed, epochs, samples, DRAWS + 2).tolist()
         pixels = np.zeros((len(samples), self.size, self.size, 3), np.uint8)
         valid = np.zeros(len(samples), bool)
@@ -176,15 +171,13 @@ class _Steps(Dataset[Batch]):
         return self.index.caption(sample)
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # the training step needs the cores
-    os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false"  # its threads did not survive the fork
-    )
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
     # The main process decides how to end on Ctrl-C or a scheduler's signal, and may still want batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

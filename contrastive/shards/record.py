@@ -23,7 +23,7 @@ class Record:
 
 
 class Rejected(Exception):
-    """One sample cannot be used; `reason` is short and the same for the same fault, so that it can be counted."""
+    """One sample cannot be used; `reason` is the same text for the same fault, to be counted."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -31,9 +31,7 @@ class Rejected(Exception):
 
 
 # File name extensions of the formats that are read, as a folder or a tar may spell them.
-IMAGE_EXTENSIONS = frozenset(
-    {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
-)
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 
 
 def image_extension(data: bytes) -> str | None:
@@ -48,8 +46,6 @@ def image_extension(data: bytes) -> str | None:
         return "gif"
     if data[:4] in (b"II*\0", b"MM\0*"):
         return "tiff"
-    if (
-        data[:2] == b"BM" and data[6:10] == b"\0\0\0\0"
-    ):  # the reserved words: "BM" alone is weak evidence
+    if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":  # the reserved words: "BM" alone is weak evidence
         return "bmp"
     return None

@@ -20,7 +20,7 @@ class Source:
     """
 
     kind: str
-    columns: list[str] = []
+    columns: list[str]
     limit: int | None = None
 
     def __iter__(self) -> Iterator[Record]:
@@ -42,7 +42,7 @@ class ShardSource(Source):
     kind = "shards"
 
     def __init__(self, index: ShardIndex) -> None:
-        self.index = index
+        self.index, self.columns = index, []
 
     def _records(self) -> Iterator[Record]:
         return (self.index.record(i) for i in range(len(self.index)))
@@ -61,8 +61,8 @@ def open_source(
 ) -> Source:
     """Open a folder, file, glob or list of files as a stream of records; nothing is decoded.
 
-    Tables (.parquet, .csv, .tsv, .jsonl): `image`, `caption` and `label` name the columns, and are guessed from the
-    usual names where not given. The image is bytes (Parquet) or a path relative to the table.
+    Tables (.parquet, .csv, .tsv, .jsonl): `image`, `caption` and `label` name the columns, and are guessed
+    from the usual names where not given. The image is bytes (Parquet) or a path relative to the table.
     Folders: of .tar shards, of images (with sidecar .txt captions, or one sub-folder a class), or of tables.
 
     Raises UserError: no such path, empty folder, mixed kinds, no such column (the columns found are listed).
@@ -73,9 +73,7 @@ def open_source(
     root, files = _expand(path)
     kind = _kind(path, files)
     if kind in ("shards", "images") and (image or caption or label):
-        raise UserError(
-            f"{path}: columns can be named for a table only, and this is a set of {kind}"
-        )
+        raise UserError(f"{path}: columns can be named for a table only, and this is a set of {kind}")
     source: Source
     if kind == "shards":
         source = ShardSource(open_index(path if root is not None else files))
@@ -118,28 +116,18 @@ def _expand(path: PathLike | Sequence[PathLike]) -> tuple[Path | None, list[Path
         raise UserError(f"{path}: no such file or folder")
     for file in files:
         if not file.is_file():
-            raise UserError(
-                f"{file}: {'a folder in a list of files' if file.is_dir() else 'no such file'}"
-            )
+            raise UserError(f"{file}: {'a folder in a list of files' if file.is_dir() else 'no such file'}")
     return None, files
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    """Shards come first, then images at any depth, then tables: a table beside images is not theirs unless named."""
-    top = sorted(
-        p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")
-    )
+    """Shards come first, then images at any depth, then tables: one beside images must be named."""
+    top = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     shards = [p for p in top if p.suffix == ".tar"]
     if shards:
         return shards
-    below = (
-        Path(at) / name
-        for at, _, names in os.walk(folder, followlinks=True)
-        for name in names
-    )
-    images = sorted(
-        p for p in below if _suffix_kind(p) == "images" and not p.name.startswith(".")
-    )
+    below = (Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names)
+    images = sorted(p for p in below if _suffix_kind(p) == "images" and not p.name.startswith("."))
     if images:
         return images
     for kind in ("parquet", "jsonl", "csv"):

@@ -58,22 +58,16 @@ class TableSource(Source):
     def _rows(self) -> Iterator[tuple[Path, Mapping[str, Any]]]:
         raise NotImplementedError
 
-    def _find(
-        self, role: str, named: str | None, guesses: tuple[str, ...]
-    ) -> str | None:
+    def _find(self, role: str, named: str | None, guesses: tuple[str, ...]) -> str | None:
         found = ", ".join(self.columns)
         if named is not None:
             if named not in self.columns:
-                raise UserError(
-                    f"{self.files[0]}: no column '{named}' for the {role}; columns: {found}"
-                )
+                raise UserError(f"{self.files[0]}: no column '{named}' for the {role}; columns: {found}")
             return named
         lowered = {column.lower(): column for column in reversed(self.columns)}
         match = next((lowered[guess] for guess in guesses if guess in lowered), None)
         if match is None and role == "image":
-            raise UserError(
-                f"{self.files[0]}: no column looks like the image; name one of: {found}"
-            )
+            raise UserError(f"{self.files[0]}: no column looks like the image; name one of: {found}")
         return match
 
     def _records(self) -> Iterator[Record]:
@@ -93,11 +87,7 @@ class TableSource(Source):
         for column in (self.caption_column, "captions"):
             value = row.get(column) if column else None
             values += value if isinstance(value, list) else [value]
-        texts = [
-            value.strip()
-            for value in values
-            if isinstance(value, str) and value.strip()
-        ]
+        texts = [value.strip() for value in values if isinstance(value, str) and value.strip()]
         return tuple(dict.fromkeys(texts))  # without repetitions, in order
 
     def _meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,16 +99,8 @@ class TableSource(Source):
             self.caption_column,
             self.label_column,
         }
-        plain = {
-            k: v
-            for k, v in row.items()
-            if k not in used and isinstance(v, str | int | float)
-        }
-        return {
-            k: v
-            for k, v in plain.items()
-            if not (isinstance(v, float) and not math.isfinite(v))
-        }
+        plain = {k: v for k, v in row.items() if k not in used and isinstance(v, str | int | float)}
+        return {k: v for k, v in plain.items() if not (isinstance(v, float) and not math.isfinite(v))}
 
 
 class ParquetSource(TableSource):
@@ -132,9 +114,7 @@ class ParquetSource(TableSource):
         try:
             return list(self._open(self.files[0]).schema_arrow.names)
         except (pyarrow.ArrowInvalid, OSError) as fault:
-            raise UserError(
-                f"{self.files[0]}: not a Parquet file ({_one_line(fault)})"
-            ) from None
+            raise UserError(f"{self.files[0]}: not a Parquet file ({_one_line(fault)})") from None
 
     def _open(self, file: Path) -> Any:
         import pyarrow.parquet
@@ -161,16 +141,9 @@ class CsvSource(TableSource):
         with self._open(self.files[0]) as file:
             header = file.readline()
         if not header.strip():
-            raise UserError(
-                f"{self.files[0]}: empty; the first line must name the columns"
-            )
-        self.separator = max(
-            "\t,;|", key=lambda mark: len(next(csv.reader([header], delimiter=mark)))
-        )
-        return [
-            name.strip()
-            for name in next(csv.reader([header], delimiter=self.separator))
-        ]
+            raise UserError(f"{self.files[0]}: empty; the first line must name the columns")
+        self.separator = max("\t,;|", key=lambda mark: len(next(csv.reader([header], delimiter=mark))))
+        return [name.strip() for name in next(csv.reader([header], delimiter=self.separator))]
 
     def _open(self, file: Path) -> Any:
         return open(file, encoding="utf-8-sig", newline="")
@@ -214,9 +187,7 @@ class JsonLinesSource(TableSource):
                     try:
                         row = json.loads(line)
                     except ValueError as fault:
-                        raise UserError(
-                            f"{path}: line {number} is not JSON ({_one_line(fault)})"
-                        ) from None
+                        raise UserError(f"{path}: line {number} is not JSON ({_one_line(fault)})") from None
                     if not isinstance(row, dict):
                         raise UserError(f"{path}: line {number} is not a JSON object")
                     yield path, row

@@ -40,9 +40,7 @@ def members(path: Path) -> Iterator[Member]:
 
 def _members(path: Path, data: mmap.mmap) -> Iterator[Member]:
     at = 0
-    long_name: str | None = (
-        None  # from a GNU or pax header, for the member that follows it
-    )
+    long_name: str | None = None  # from a GNU or pax header, for the member that follows it
     long_size: int | None = None
     while True:
         header = data[at : at + BLOCK]
@@ -65,9 +63,7 @@ def _members(path: Path, data: mmap.mmap) -> Iterator[Member]:
             size = 0
         start = at + BLOCK
         if start + size > len(data):
-            raise _fault(
-                path, at, f"the file is cut off: a member of {size} bytes does not fit"
-            )
+            raise _fault(path, at, f"the file is cut off: a member of {size} bytes does not fit")
         if kind == b"L":
             long_name = _text(data[start : start + size].rstrip(b"\0"))
         elif kind == b"x":
@@ -75,9 +71,7 @@ def _members(path: Path, data: mmap.mmap) -> Iterator[Member]:
             long_name = fields.get("path", long_name)
             long_size = int(fields["size"]) if "size" in fields else None
         elif kind in b"0\0" or kind == b"7":
-            yield Member(
-                long_name if long_name is not None else _name(header), start, size
-            )
+            yield Member(long_name if long_name is not None else _name(header), start, size)
         elif kind not in b"Kg123456":
             raise _fault(path, at, f"a member of unknown type {kind!r}")
         if kind not in b"LKxg":
@@ -86,7 +80,7 @@ def _members(path: Path, data: mmap.mmap) -> Iterator[Member]:
 
 
 def _check_tail(path: Path, data: mmap.mmap, at: int) -> None:
-    # Tars joined with `cat` hold more members after the first end mark; ignoring them would lose them silently.
+    # Tars joined by `cat` hold more members after the first end mark: they would be lost silently.
     for start in range(at, len(data), 1 << 20):
         if data[start : start + (1 << 20)].strip(b"\0"):
             raise _fault(path, at, "data after the end-of-archive mark")
@@ -98,8 +92,9 @@ def _checksum_good(header: bytes) -> bool:
     except ValueError:
         return False
     plain = header[:148] + b" " * 8 + header[156:]
-    # Some old writers summed signed bytes.
-    return stored in (sum(plain), sum(plain) - 256 * sum(byte > 127 for byte in plain))
+    if stored == sum(plain):
+        return True
+    return stored == sum(plain) - 256 * sum(byte > 127 for byte in plain)  # old writers summed signed bytes
 
 
 def _number(path: Path, at: int, field: bytes) -> int:

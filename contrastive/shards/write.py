@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was written: pairs, file names of the shards, rows left out by reason, pairs that repeat a caption."""
+    """What was written: pairs, names of the shards, rows left out by reason, pairs that repeat a caption."""
 
     pairs: int
     shards: list[str]
@@ -37,11 +37,12 @@ def write_shards(
 ) -> Manifest:
     """Write the records that have an image and a caption, in order, to the folder `dest`.
 
-    The bytes written depend on the records only. Everything goes to a temporary folder beside `dest`, which is
-    renamed when it is complete. Image bytes are stored untouched, under the extension of their real format.
+    The bytes written depend on the records only. Everything goes to a temporary folder beside `dest`, which
+    is renamed when it is complete. Image bytes are stored untouched, under the extension of their real
+    format.
 
-    Raises UserError: `dest` is in use (unless `overwrite`, which replaces shards and nothing else), a key occurs
-    twice, or no row is a pair.
+    Raises UserError: `dest` is in use (unless `overwrite`, which replaces shards and nothing else), a key
+    occurs twice, or no row is a pair.
     """
     if samples_per_shard < 1:
         raise UserError(f"samples_per_shard {samples_per_shard}: give at least 1")
@@ -53,9 +54,7 @@ def write_shards(
     temporary.mkdir()
     try:
         manifest = _write(source, temporary, samples_per_shard)
-        (temporary / MANIFEST).write_text(
-            json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8"
-        )
+        (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
         old = dest.with_name(f".{dest.name}.{os.getpid()}.old")
         if dest.exists():
             os.replace(dest, old)
@@ -81,9 +80,7 @@ def _write(source: Iterable[Record], folder: Path, samples_per_shard: int) -> Ma
                 continue
             key = _safe_key(record.key)
             if key in keys:
-                raise UserError(
-                    f"key '{key}' occurs twice; give every pair a key of its own"
-                )
+                raise UserError(f"key '{key}' occurs twice; give every pair a key of its own")
             if len(keys) % samples_per_shard == 0:
                 if tar is not None:
                     tar.close()
@@ -106,16 +103,9 @@ def _write(source: Iterable[Record], folder: Path, samples_per_shard: int) -> Ma
         if tar is not None:
             tar.close()
     if not keys:
-        found = (
-            ", ".join(f"{count} with {reason}" for reason, count in skipped.items())
-            or "no rows"
-        )
-        raise UserError(
-            f"nothing to write: {found}; every pair needs an image and a caption (which column?)"
-        )
-    return Manifest(
-        len(keys), shards, dict(sorted(skipped.items())), len(keys) - len(captions)
-    )
+        found = ", ".join(f"{count} with {reason}" for reason, count in skipped.items()) or "no rows"
+        raise UserError(f"nothing to write: {found}; every pair needs an image and a caption (which column?)")
+    return Manifest(len(keys), shards, dict(sorted(skipped.items())), len(keys) - len(captions))
 
 
 def _fault(record: Record, extension: str | None) -> str | None:
@@ -129,7 +119,7 @@ def _fault(record: Record, extension: str | None) -> str | None:
 
 
 def _safe_key(key: str) -> str:
-    """The layout ends a key at the first dot; a tar member's name must not leave the folder it is unpacked in."""
+    """The layout ends a key at the first dot; a name must not leave the folder that a tar is unpacked in."""
     return re.sub(r"[.\\\x00-\x1f]", "_", key).strip("/") or "_"
 
 
@@ -148,12 +138,8 @@ def _check_free(dest: Path, overwrite: bool) -> None:
     if not names:
         return
     if not overwrite:
-        raise UserError(
-            f"{dest}: the folder is not empty; give another, or --overwrite"
-        )
+        raise UserError(f"{dest}: the folder is not empty; give another, or --overwrite")
     ours = re.compile(r"\d{5,}\.tar|manifest\.json|\.?index.*|\.?pixels-.*")
     foreign = [name for name in sorted(names) if not ours.fullmatch(name)]
     if foreign:
-        raise UserError(
-            f"{dest}: holds '{foreign[0]}', which is no shard; nothing was overwritten"
-        )
+        raise UserError(f"{dest}: holds '{foreign[0]}', which is no shard; nothing was overwritten")
