@@ -1,0 +1,28 @@
+"""Contrastive losses over normalised features: pure functions, and modules that only bind their options.
+
+Every loss keeps one contract:
+
+    loss(image, text, scale, bias=None, ids=None, group=None, valid=None, **options) -> dict
+
+image, text
+    `(n, dim)` floating point, L2-normalised: the rows of this rank, `n` alike on all ranks.
+scale, bias
+    0-d tensors: the logits are `scale * similarity + bias`. A loss that does not depend on one of them still
+    keeps it in the graph, with a gradient of exactly zero, so that DDP finds every parameter used.
+ids
+    `(n,)` int64, equal where two captions (or images) are the same thing.
+group
+    The process group whose ranks make up the global batch; None is the default group, or one process.
+valid
+    `(n,)` bool; a row that is not valid is no anchor, no positive and no negative, on any rank.
+
+The result is a dict: `"loss"`, a 0-d tensor with a graph, and detached 0-d tensors to log. Each is such that
+its *mean over the ranks* is the value on the whole global batch, and averaging parameter gradients
+over ranks, as DDP does, gives the gradient of the plain global loss, for towers, scale and bias alike.
+The arithmetic is done in float32, under autocast too, or in float64 if the features are float64.
+"""
+
+from contrastive.losses.infonce import InfoNCE, infonce
+from contrastive.losses.margin import Margin, margin
+
+__all__ = ["InfoNCE", "Margin", "infonce", "margin"]
