@@ -1,0 +1,66 @@
+"""Recipes: what a run is made of, read from YAML and checked as a whole. No torch here.
+
+`recipe` holds the frozen models (every key, its bounds, its default), `combinations` the rules that tie
+keys to one another, `reading` the YAML and the overrides, `problems` the text of what is wrong.
+"""
+
+from contrastive.config.reading import dump_yaml, load_config
+from contrastive.config.recipe import (
+    AugmentConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    HuggingFaceTextConfig,
+    HuggingFaceTokenizerConfig,
+    InfoNCEConfig,
+    LabelledSetConfig,
+    LogitScaleConfig,
+    LossConfig,
+    MarginConfig,
+    ModelConfig,
+    OpenClipModelConfig,
+    OpenClipTokenizerConfig,
+    OptimConfig,
+    PairModelConfig,
+    RunConfig,
+    TextConfig,
+    TimmImageConfig,
+    TokenizerConfig,
+    TowerConfig,
+    TrackConfig,
+    TrainConfig,
+    TrainedTokenizerConfig,
+    TransformerTextConfig,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "HuggingFaceTextConfig",
+    "HuggingFaceTokenizerConfig",
+    "InfoNCEConfig",
+    "LabelledSetConfig",
+    "LogitScaleConfig",
+    "LossConfig",
+    "MarginConfig",
+    "ModelConfig",
+    "OpenClipModelConfig",
+    "OpenClipTokenizerConfig",
+    "OptimConfig",
+    "PairModelConfig",
+    "RunConfig",
+    "TextConfig",
+    "TimmImageConfig",
+    "TokenizerConfig",
+    "TowerConfig",
+    "TrackConfig",
+    "TrainConfig",
+    "TrainedTokenizerConfig",
+    "TransformerTextConfig",
+    "dump_yaml",
+    "load_config",
+]

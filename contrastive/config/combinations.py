@@ -1,0 +1,90 @@
+"""Keys that are right alone and wrong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from contrastive.config.recipe import Config
+
+LENGTHS = ("steps", "samples", "epochs", "minutes")
+
+# The keys that a rule reads, and its line. A rule is left out when one of its keys already has a problem.
+Problem = tuple[tuple[str, ...], str]
+
+
+def impossible_combinations(config: Config) -> Iterator[Problem]:
+    """All of them, so that the user mends the recipe once."""
+    yield from _length(config)
+    if config.model.kind == "pair":
+        yield from _towers(config)
+    yield from _scale(config)
+    yield from _augmentation(config)
+    yield from _evaluation(config)
+
+
+def _length(config: Config) -> Iterator[Problem]:
+    train = config.train
+    given = {name: getattr(train, name) for name in LENGTHS if getattr(train, name) is not None}
+    if len(given) != 1:
+        values = ", ".join(f"{name} {value:g}" for name, value in given.items()) or "none"
+        line = f"train: give exactly one of {', '.join(LENGTHS)} (given: {values})"
+        yield tuple(f"train.{name}" for name in LENGTHS), line
+    warmup = config.optim.warmup
+    if train.steps is not None and isinstance(warmup, int) and warmup > train.steps:
+        line = f"optim.warmup: {warmup} steps of warm-up do not fit into train.steps {train.steps}"
+        yield ("optim.warmup", "train.steps"), line
+
+
+def _towers(config: Config) -> Iterator[Problem]:
+    assert config.model.kind == "pair"
+    text, tokenizer = config.model.text, config.model.tokenizer
+    if text.kind == "transformer":
+        if text.pool == "end" and not text.causal:
+            line = "model.text.pool: 'end' needs model.text.causal true; use it, or pool 'mean'"
+            yield ("model.text.pool", "model.text.causal"), line
+        if text.depth and text.width % text.heads:
+            nearest = [n for n in range(1, text.width + 1) if text.width % n == 0]
+            heads = min(nearest, key=lambda n: abs(n - text.heads))
+            line = (
+                f"model.text.heads: {text.heads} does not divide model.text.width {text.width}; use {heads}"
+            )
+            yield ("model.text.heads", "model.text.width", "model.text.depth"), line
+    elif tokenizer.kind != "huggingface":
+        line = f"model.tokenizer.kind: '{tokenizer.kind}' does not fit a huggingface text tower; "
+        line += "use 'huggingface' and the same path"
+        yield ("model.tokenizer.kind", "model.text.kind"), line
+
+
+def _scale(config: Config) -> Iterator[Problem]:
+    scale = config.model.logit_scale
+    if scale.init > scale.max:
+        line = f"model.logit_scale.init: {scale.init:g} is above model.logit_scale.max {scale.max:g}"
+        yield ("model.logit_scale.init", "model.logit_scale.max"), line
+
+
+def _augmentation(config: Config) -> Iterator[Problem]:
+    low, high = config.data.augment.crop
+    if not 0 < low <= high:
+        line = f"data.augment.crop: expected [from, to] with 0 < from <= to <= 1 (value [{low:g}, {high:g}])"
+        yield ("data.augment.crop",), line
+
+
+def _evaluation(config: Config) -> Iterator[Problem]:
+    every = config.eval.every
+    if every is not None and config.data.validation is None:
+        line = f"eval.every: {every} needs data.validation, which is null; set that, or eval.every to null"
+        yield ("eval.every", "data.validation"), line
+    names: set[str] = set()
+    for i, labelled in enumerate(config.eval.labelled):
+        where = f"eval.labelled[{i}]"
+        if "probe" in labelled.tasks and labelled.train is None:
+            line = f"{where}.train: the probe needs a training split; name it, or set tasks to [zeroshot]"
+            yield (f"{where}.train", f"{where}.tasks"), line
+        if labelled.name in names:
+            yield (
+                (f"{where}.name",),
+                f"{where}.name: '{labelled.name}' names another set too; choose another name",
+            )
+        names.add(labelled.name)

@@ -1,0 +1,348 @@
+"""Every key of a recipe: its type, bounds and default. The defaults are starting points for small data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from contrastive.config.combinations import impossible_combinations
+
+# The kind of a block that does not say one; `reading` needs it to know whether an override changes it.
+DEFAULT_KINDS = {
+    "model": "pair",
+    "model.image": "timm",
+    "model.text": "transformer",
+    "model.tokenizer": "trained",
+    "loss": "infonce",
+}
+
+
+class Block(BaseModel):
+    """What all blocks share: unknown keys are errors, `1` is not `true`, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _kind_of(block: str) -> Discriminator:
+    def kind(value: Any) -> str | None:
+        if isinstance(value, dict):
+            return str(value.get("kind", DEFAULT_KINDS[block]))
+        return getattr(value, "kind", None)
+
+    return Discriminator(kind)
+
+
+def _span(low: int) -> Callable[[Any], int | str]:
+    """A number of steps of at least `low`, or a share of the run such as "5%"."""
+    text = "expected a number of steps or a share of the run such as 5%"
+    text = f"{text}, {'at least 0' if low == 0 else 'above 0'} and at most 100%"
+
+    def check(value: Any) -> int | str:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= low:
+            return value
+        if isinstance(value, str) and value.endswith("%"):
+            try:
+                share = float(value[:-1])
+            except ValueError:
+                share = -1.0
+            if (share > 0 or (low == 0 and share == 0)) and share <= 100:
+                return value
+        raise PydanticCustomError("span", "{text}", {"text": text})
+
+    return check
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Channels = Annotated[tuple[float, float, float], Field(strict=False)]
+
+
+class RunConfig(Block):
+    """Where the results go, and the seed that everything random is drawn from."""
+
+    dir: str = Field(
+        "runs/unnamed", min_length=1, description="run folder (default: runs/ and the recipe's name)"
+    )
+    seed: int = Field(0, ge=0, description="weights, order and augmentation are a function of it")
+
+
+class TowerConfig(Block):
+    """How a tower is trained."""
+
+    locked: bool = Field(False, description="keep the tower's weights as they are")
+    lr_scale: Positive = Field(1.0, description="times optim.lr")
+
+
+class TimmImageConfig(TowerConfig):
+    """An image tower from timm."""
+
+    kind: Literal["timm"] = "timm"
+    name: str = Field("resnet18", min_length=1, description="timm's name of the model")
+    size: int = Field(48, ge=1, description="side of the square image, pixels")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="more keywords for timm.create_model")
+    weights: str | None = Field(None, description="a checkpoint file to start from")
+    mean: Channels = Field((0.5, 0.5, 0.5), description="subtracted from each channel (0 to 1)")
+    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] = Field(
+        (0.5, 0.5, 0.5), description="each channel is divided by it"
+    )
+
+
+class TransformerTextConfig(TowerConfig):
+    """A text transformer of the given size; depth 0 is a bag of word embeddings."""
+
+    kind: Literal["transformer"] = "transformer"
+    width: int = Field(256, ge=1, description="features per token")
+    depth: int = Field(1, ge=0, description="layers")
+    heads: int = Field(4, ge=1, description="attention heads; divides width")
+    pool: Literal["mean", "end"] = Field("mean", description="end: the last real token (needs causal: true)")
+    causal: bool = Field(False, description="a token sees only what stands before it")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
+
+
+class HuggingFaceTextConfig(TowerConfig):
+    """A text encoder from a local Hugging Face folder."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    path: str = Field(min_length=1, description="the local folder")
+    pool: Literal["mean", "cls"] = Field("mean", description="mean of the tokens, or the first one")
+
+
+class TrainedTokenizerConfig(Block):
+    """A tokenizer trained on the corpus: its table is as small as the corpus allows."""
+
+    kind: Literal["trained"] = "trained"
+    path: str | None = Field(
+        None, description="a trained tokenizer; null: train one on data.train at the start"
+    )
+    vocab_size: int = Field(8000, ge=16, description="rows of the embedding table, at most")
+    lowercase: bool = Field(True, description="captions in lower case")
+    context: int = Field(32, ge=2, description="tokens that are kept of a caption")
+
+
+class OpenClipTokenizerConfig(Block):
+    """open_clip's byte-pair encoding, 49,408 rows."""
+
+    kind: Literal["open_clip"] = "open_clip"
+    context: int = Field(77, ge=2, description="tokens that are kept of a caption")
+
+
+class HuggingFaceTokenizerConfig(Block):
+    """The tokenizer of a local Hugging Face folder."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    path: str = Field(min_length=1, description="the local folder")
+    context: int = Field(64, ge=2, description="tokens that are kept of a caption")
+
+
+class LogitScaleConfig(Block):
+    """The factor on the cosine similarities, 1 / temperature."""
+
+    init: Positive = Field(14.2857, description="start; CLIP's is 1 / 0.07")
+    max: Positive = Field(100.0, description="cap")
+    learned: bool = Field(True, description="train it")
+
+
+TextConfig = Annotated[
+    Annotated[TransformerTextConfig, Tag("transformer")]
+    | Annotated[HuggingFaceTextConfig, Tag("huggingface")],
+    _kind_of("model.text"),
+]
+TokenizerConfig = Annotated[
+    Annotated[TrainedTokenizerConfig, Tag("trained")]
+    | Annotated[OpenClipTokenizerConfig, Tag("open_clip")]
+    | Annotated[HuggingFaceTokenizerConfig, Tag("huggingface")],
+    _kind_of("model.tokenizer"),
+]
+
+
+class PairModelConfig(Block):
+    """Two towers, each chosen on its own."""
+
+    kind: Literal["pair"] = "pair"
+    image: TimmImageConfig = TimmImageConfig()
+    text: TextConfig = TransformerTextConfig()
+    tokenizer: TokenizerConfig = TrainedTokenizerConfig()
+    dim: int = Field(256, ge=1, description="of the joint embedding")
+    logit_scale: LogitScaleConfig = LogitScaleConfig()
+    logit_bias: float | None = Field(None, description="start of a learned bias on the logits")
+
+
+class OpenClipModelConfig(Block):
+    """A model of open_clip by its name, or by a JSON file in its format."""
+
+    kind: Literal["open_clip"] = "open_clip"
+    name: str = Field(min_length=1, description="open_clip's name of the model, or the path of a JSON")
+    pretrained: str | None = Field(None, description="open_clip's tag of the weights, or a checkpoint file")
+    image: TowerConfig = TowerConfig()
+    text: TowerConfig = TowerConfig()
+    logit_scale: LogitScaleConfig = LogitScaleConfig()
+    logit_bias: float | None = Field(None, description="start of a learned bias on the logits")
+
+
+ModelConfig = Annotated[
+    Annotated[PairModelConfig, Tag("pair")] | Annotated[OpenClipModelConfig, Tag("open_clip")],
+    _kind_of("model"),
+]
+
+
+class AugmentConfig(Block):
+    """Random changes of the training images."""
+
+    crop: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
+        (0.5, 1.0), description="area share, from and to"
+    )
+    ratio: float = Field(1.3333, ge=1, description="largest aspect ratio of a crop, either way")
+    flip: Share = Field(
+        0.0, description="probability of a mirror image (never where captions say left or right)"
+    )
+    rotate: float = Field(0.0, ge=0, le=180, description="degrees, either way")
+    color: Share = Field(0.0, description="strength of the change of brightness, contrast and saturation")
+    grayscale: Share = Field(0.0, description="probability")
+    tint: Share = Field(
+        0.0, description="probability of a factor per channel, which colours a white background"
+    )
+
+
+class DataConfig(Block):
+    """The shards and how they are read."""
+
+    train: str = Field(min_length=1, description="the folder of the training shards")
+    validation: str | None = Field(None, description="the folder of the validation shards")
+    workers: int = Field(1, ge=0, description="loader processes per training process")
+    cache: bool = Field(False, description="keep decoded images beside the shards (all of one size only)")
+    caption_variants: Share = Field(
+        0.0, description="probability of drawing one of a sample's further captions"
+    )
+    augment: AugmentConfig = AugmentConfig()
+
+
+class InfoNCEConfig(Block):
+    """Cross-entropy of the right partner among the batch, both ways."""
+
+    kind: Literal["infonce"] = "infonce"
+    same_caption: Literal["negative", "ignore", "positive"] = Field(
+        "ignore", description="what equal captions count as"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class MarginConfig(Block):
+    """Hinge on the similarities: the sum over the negatives, or the hardest one (VSE++)."""
+
+    kind: Literal["margin"] = "margin"
+    margin: float = Field(0.2, gt=0, le=2, description="by which the right partner must lead")
+    hardest: bool = Field(False, description="only the hardest negative")
+    same_caption: Literal["negative", "ignore"] = Field("ignore", description="what equal captions count as")
+
+
+LossConfig = Annotated[
+    Annotated[InfoNCEConfig, Tag("infonce")] | Annotated[MarginConfig, Tag("margin")], _kind_of("loss")
+]
+
+
+class OptimConfig(Block):
+    """AdamW and its schedule."""
+
+    lr: Positive = Field(1e-3, description="peak learning rate")
+    weight_decay: float = Field(0.1, ge=0, description="not on norms, biases and the logit scale")
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
+    ] = (0.9, 0.98)
+    eps: Positive = 1e-8
+    warmup: Annotated[int | str, PlainValidator(_span(0))] = Field(
+        "5%", description="steps, or a share of the run"
+    )
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    clip: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
+
+
+class TrainConfig(Block):
+    """How long, how large, how precise. Exactly one of steps, samples, epochs, minutes."""
+
+    steps: int | None = Field(None, ge=1)
+    samples: int | None = Field(None, ge=1)
+    epochs: Positive | None = None
+    minutes: Positive | None = None
+    global_batch: int = Field(512, ge=2, description="samples a step, over all processes")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto: bf16 where supported"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory, more time")
+    channels_last: bool = Field(True, description="memory layout of the image tower")
+    threads: int | None = Field(None, ge=1, description="torch threads per process; null: torch's choice")
+
+
+class CheckpointConfig(Block):
+    """Saves to resume from."""
+
+    every: int | None = Field(500, ge=1, description="steps; null: only at the end")
+    keep: int = Field(2, ge=1, description="the newest ones that are kept")
+
+
+class LabelledSetConfig(Block):
+    """A labelled set for zero-shot classification and the linear probe at the end of the run."""
+
+    name: str = Field(min_length=1, description="its name in the results")
+    train: str | None = Field(None, description="the training split; the probe needs it")
+    test: str = Field(min_length=1, description="the test split")
+    invert: bool = Field(
+        False, description="invert the pixels: a white object on black becomes black on white"
+    )
+    templates: str = Field("none", min_length=1, description="a built-in set, a file of templates, or none")
+    tasks: Annotated[tuple[Literal["zeroshot", "probe"], ...], Field(strict=False, min_length=1)] = (
+        "zeroshot",
+        "probe",
+    )
+
+
+class EvalConfig(Block):
+    """Evaluation during the run and at its end."""
+
+    every: Annotated[int | str, PlainValidator(_span(1))] | None = Field(
+        None, description="steps, or a share of the run; null: only at the end"
+    )
+    labelled: Annotated[tuple[LabelledSetConfig, ...], Field(strict=False)] = ()
+    report: bool = Field(True, description="write report.html at the end")
+
+
+class TrackConfig(Block):
+    """Where the curves go, beside metrics.jsonl."""
+
+    # `with` is a keyword of Python, so the attribute has a name of its own.
+    trackers: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        ("tensorboard",), alias="with", description="accelerate's names of trackers"
+    )
+    log_every: int = Field(10, ge=1, description="steps")
+
+
+class Config(Block):
+    """A whole recipe."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = PairModelConfig()
+    data: DataConfig
+    loss: LossConfig = InfoNCEConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        found = list(impossible_combinations(self))
+        if found:
+            text = "\n".join(message for _, message in found)
+            raise PydanticCustomError("combinations", "{text}", {"text": text, "found": found})
+        return self
