@@ -6,8 +6,8 @@ from contrastive.shards.cache import open_cache
 from contrastive.shards.decode import decode_image, resize_square
 from contrastive.shards.index import ShardIndex, caption_id, open_index
 from contrastive.shards.loader import PairLoader
-from contrastive.shards.record import Record, Rejected, image_extension
-from contrastive.shards.sources import Source, open_source
+from contrastive.shards.record import Record, Rejected, Source, image_extension
+from contrastive.shards.sources import open_source
 from contrastive.shards.write import Manifest, write_shards
 
 __all__ = [

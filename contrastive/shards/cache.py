@@ -17,7 +17,8 @@ class PixelCache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.pixels: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        # A plain view: indexing a np.memmap costs several times as much.
+        self.pixels = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
         self.rejected = {int(i): reason for i, reason in json.loads(_sidecar(path).read_text()).items()}
 
     def __getstate__(self) -> dict[str, Path]:

@@ -4,7 +4,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from contrastive.shards.record import Rejected
 
@@ -24,18 +24,19 @@ def decode_image(data: bytes) -> Image.Image:
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise Rejected("too many pixels") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, TypeError):
+    except Exception:  # PIL's plugins let many kinds of error through, and one bad file must not end a run
         raise Rejected("not an image") from None
     if image.width * image.height > MAX_PIXELS:
         raise Rejected("too many pixels")
     try:
-        if image.format != "MPO" and getattr(image, "is_animated", False):
-            raise Rejected("animated")
-        image.load()
-        if image.mode != "RGB":
-            image = _to_rgb(image)
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError):
+        animated = image.format != "MPO" and getattr(image, "is_animated", False)
+        if not animated:
+            image.load()
+            image = image if image.mode == "RGB" else _to_rgb(image)
+    except Exception:
         raise Rejected("truncated or damaged") from None
+    if animated:
+        raise Rejected("animated")
     return image
 
 
@@ -50,13 +51,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_square(image: Image.Image, size: int) -> np.ndarray:
-    """The evaluation transform: the centre square, resized (bicubic, antialiased); uint8 (3, size, size)."""
+    """The evaluation transform of CLIP; uint8 (3, size, size).
+
+    The shorter side becomes `size` (bicubic, antialiased), and the centre is cut out: the pixels of torchvision's
+    Resize and CenterCrop, without resizing what is cut off.
+    """
     return np.ascontiguousarray(np.asarray(square(image, size)).transpose(2, 0, 1))
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """The centre square of an RGB image, resized to size × size."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
+    """As resize_square, but as an image."""
+    short = min(image.size)
+    resized = [int(size * side / short) for side in image.size]  # torchvision truncates, then rounds
+    starts = [round((side - size) / 2) for side in resized]
+    scales = [before / after for before, after in zip(image.size, resized, strict=True)]
+    left, top = (start * scale for start, scale in zip(starts, scales, strict=True))
+    right, bottom = ((start + size) * scale for start, scale in zip(starts, scales, strict=True))
+    box = (left, top, min(right, image.width), min(bottom, image.height))
     return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from contrastive.errors import UserError
-from contrastive.shards.record import Record
-from contrastive.shards.sources import Source
+from contrastive.shards.record import Record, Source
 
 
 class ImageFolder(Source):

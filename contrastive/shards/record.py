@@ -1,5 +1,7 @@
-"""One image-text pair, and what can be told about its bytes without decoding them."""
+"""One image-text pair, a stream of them, and what can be told about its bytes without decoding them."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,29 @@ class Rejected(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class Source:
+    """A re-iterable stream of records with a length.
+
+    kind: "parquet", "csv", "jsonl", "images" or "shards". columns: names of a table's columns; else empty.
+    """
+
+    kind: str
+    columns: list[str]
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[Record]:
+        return itertools.islice(self._records(), self.limit)
+
+    def __len__(self) -> int:
+        return self._count() if self.limit is None else min(self.limit, self._count())
+
+    def _records(self) -> Iterator[Record]:
+        raise NotImplementedError
+
+    def _count(self) -> int:
+        raise NotImplementedError
 
 
 # File name extensions of the formats that are read, as a folder or a tar may spell them.

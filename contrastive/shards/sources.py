@@ -1,39 +1,15 @@
 """Opening whatever a user has: tables, image folders, shards. All of them become a stream of records."""
 
 import glob
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from contrastive.errors import UserError
-from contrastive.shards.index import ShardIndex, open_index
-from contrastive.shards.record import IMAGE_EXTENSIONS, Record
-
-PathLike = str | os.PathLike[str]
-
-
-class Source:
-    """A re-iterable stream of records with a length.
-
-    kind: "parquet", "csv", "jsonl", "images" or "shards". columns: names of a table's columns; else empty.
-    """
-
-    kind: str
-    columns: list[str]
-    limit: int | None = None
-
-    def __iter__(self) -> Iterator[Record]:
-        return itertools.islice(self._records(), self.limit)
-
-    def __len__(self) -> int:
-        return self._count() if self.limit is None else min(self.limit, self._count())
-
-    def _records(self) -> Iterator[Record]:
-        raise NotImplementedError
-
-    def _count(self) -> int:
-        raise NotImplementedError
+from contrastive.shards.folder import ImageFolder
+from contrastive.shards.index import PathLike, ShardIndex, open_index
+from contrastive.shards.record import IMAGE_EXTENSIONS, Record, Source
+from contrastive.shards.tables import CsvSource, JsonLinesSource, ParquetSource
 
 
 class ShardSource(Source):
@@ -67,9 +43,6 @@ def open_source(
 
     Raises UserError: no such path, empty folder, mixed kinds, no such column (the columns found are listed).
     """
-    from contrastive.shards.folder import ImageFolder
-    from contrastive.shards.tables import CsvSource, JsonLinesSource, ParquetSource
-
     root, files = _expand(path)
     kind = _kind(path, files)
     if kind in ("shards", "images") and (image or caption or label):

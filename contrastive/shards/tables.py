@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from contrastive.errors import UserError
-from contrastive.shards.record import Record
-from contrastive.shards.sources import Source
+from contrastive.shards.record import Record, Source
 
 IMAGE_NAMES = (
     "image",

@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from contrastive.errors import UserError
+from contrastive.shards import Augment, augment_image
+from contrastive.shards.augment import DRAWS
+
+HALF = [0.5] * DRAWS
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def draws(**places: float) -> list[float]:
+    names = [
+        "area",
+        "ratio",
+        "x",
+        "y",
+        "angle",
+        "flip",
+        "brightness",
+        "contrast",
+        "saturation",
+        "gray",
+        "tint",
+    ]
+    u = list(HALF)
+    for name, value in places.items():
+        u[names.index(name)] = value
+    return u
+
+
+def test_nothing_asked_is_nothing_changed() -> None:
+    image = noise(24, 24)
+    assert np.array_equal(np.asarray(augment_image(image, 24, Augment(), HALF)), np.asarray(image))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    u=st.lists(st.floats(0, 1, exclude_max=True), min_size=DRAWS, max_size=DRAWS),
+    width=st.integers(1, 60),
+    height=st.integers(1, 60),
+    rotate=st.sampled_from([0, 30, 180]),
+)
+def test_every_draw_gives_the_size_asked_for(u: list[float], width: int, height: int, rotate: float) -> None:
+    augment = Augment((0.2, 1), 2, flip=0.5, rotate=rotate, color=1, grayscale=0.5, tint=0.5)
+    image = augment_image(noise(width, height), 7, augment, u)
+    assert (image.mode, image.size) == ("RGB", (7, 7))
+
+
+@settings(max_examples=60, deadline=None)
+@given(u=st.lists(st.floats(0, 1, exclude_max=True), min_size=DRAWS, max_size=DRAWS))
+def test_the_crop_keeps_to_the_area_and_the_ratio(u: list[float]) -> None:
+    # Red counts columns and green rows: the corners of the result tell where the crop was.
+    columns, rows = np.meshgrid(np.arange(200), np.arange(200))
+    image = Image.fromarray(np.stack([columns, rows, 0 * rows], 2).astype(np.uint8))
+    result = np.asarray(augment_image(image, 100, Augment(crop=(0.3, 0.6), ratio=1.5), u)).astype(float)
+    width, height = (np.ptp(result[..., i]) * 100 / 99 for i in (0, 1))
+    assert 0.28 < width * height / 200**2 < 0.62
+    assert 1 / 1.55 < width / height < 1.55
+
+
+def test_flip_is_a_mirror_image() -> None:
+    image = noise(12, 12)
+    flipped = augment_image(image, 12, Augment(flip=0.5), draws(flip=0.49))
+    assert np.array_equal(np.asarray(flipped), np.asarray(image)[:, ::-1])
+    assert np.array_equal(np.asarray(augment_image(image, 12, Augment(flip=0.5), HALF)), np.asarray(image))
+
+
+@pytest.mark.parametrize(("angle", "turns"), [(0.0, -1), (1.0, 1)])
+def test_a_right_angle_turns_every_pixel_to_its_place(angle: float, turns: int) -> None:
+    image = noise(16, 16)
+    turned = np.asarray(augment_image(image, 16, Augment(rotate=90), draws(angle=angle)))
+    inner = slice(1, -1)  # cos 90° is 6e-17 in floating point, which is outside at the edge
+    difference = turned.astype(int) - np.rot90(np.asarray(image), turns)
+    assert abs(difference[inner, inner]).max() <= 1  # PIL cuts off instead of rounding
+
+
+def test_uncovered_corners_are_filled() -> None:
+    black = Image.new("RGB", (32, 32))
+    turned = np.asarray(augment_image(black, 32, Augment(rotate=45), draws(angle=1.0), fill=200))
+    assert turned[0, 0].tolist() == [200] * 3
+    assert turned[16, 16].tolist() == [0] * 3
+
+
+def test_a_rotated_large_image_is_antialiased() -> None:
+    stripes = np.zeros((512, 512, 3), np.uint8)
+    stripes[:, ::2] = 255  # finer than the result can show: it must be grey, not stripes or a moiré pattern
+    turned = np.asarray(augment_image(Image.fromarray(stripes), 32, Augment(rotate=10), draws(angle=0.7)))
+    assert abs(turned[8:24, 8:24].astype(int) - 127).max() <= 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(u=st.lists(st.floats(0, 1, exclude_max=True), min_size=DRAWS, max_size=DRAWS))
+def test_colors_are_those_of_step_by_step_arithmetic(u: list[float]) -> None:
+    image = Image.fromarray(
+        np.asarray(noise(10, 10)) // 4 + 90
+    )  # far from black and white: nothing is clipped
+    strength = 0.2
+    x = np.asarray(image).astype(float)
+    luma = np.array([0.299, 0.587, 0.114])
+    brightness, contrast, saturation = (1 + strength * (2 * v - 1) for v in u[6:9])
+    x = x * brightness
+    x = (x - (x @ luma).mean()) * contrast + (x @ luma).mean()
+    grey = (x @ luma)[..., None]
+    x = grey + (x - grey) * saturation
+    if u[9] < 0.5:
+        x = np.repeat((x @ luma)[..., None], 3, axis=2)
+    if u[10] < 0.5:
+        x = x * [1 - u[10], 1 - u[11] / 2, 1 - u[12] / 2]
+    result = np.asarray(
+        augment_image(image, 10, Augment(ratio=1, color=strength, grayscale=0.5, tint=0.5), u)
+    )
+    assert abs(result - x).max() < 1.2  # half a step of rounding, and the rounded mean
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop": (0.0, 1.0)},
+        {"crop": (0.9, 0.5)},
+        {"ratio": 0.5},
+        {"rotate": 400},
+        {"flip": 1.5},
+        {"tint": -1},
+    ],
+)
+def test_a_setting_out_of_range_is_named(options: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"augment.{next(iter(options))}"):
+        Augment(**options)  # type: ignore[arg-type]

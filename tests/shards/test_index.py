@@ -1,0 +1,145 @@
+import io
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from contrastive.errors import UserError
+from contrastive.shards import Record, ShardIndex, open_index, write_shards
+
+from .conftest import encoded, records
+
+Shards = Callable[..., ShardIndex]
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def test_records_come_back_as_written(shards: Shards) -> None:
+    items = [Record("x", encoded(), ("a", "b"), "cat", {"source": "s"}), *records(6)]
+    index = shards(items)
+    assert [index.record(i) for i in range(len(index))] == items
+    assert list(index.captions()) == [item.captions[0] for item in items]
+    assert index.variants(0) == ("b",)
+
+
+def test_ids_are_equal_where_captions_differ_in_case_and_space_only(shards: Shards) -> None:
+    captions = ("Red  Apple", "red apple", "red apples", "ﬁre", "fire")
+    index = shards([Record(str(i), encoded(i), (caption,)) for i, caption in enumerate(captions)])
+    assert index.ids.dtype == np.int64
+    assert index.ids[0] == index.ids[1] != index.ids[2]
+    assert index.ids[3] == index.ids[4]
+
+
+def test_the_index_is_saved_and_read_back(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = shards(records(6))
+    assert (tmp_path / "shards" / "index.npz").exists()
+    monkeypatch.setattr("contrastive.shards.index._scan", lambda shards: pytest.fail("scanned again"))
+    again = open_index(tmp_path / "shards")
+    assert again.fingerprint == index.fingerprint
+    assert again.record(5) == index.record(5)
+
+
+def test_a_changed_shard_is_indexed_again(shards: Shards, tmp_path: Path) -> None:
+    before = shards(records(6))
+    write_tar(tmp_path / "shards" / "00001.tar", [("new.png", encoded()), ("new.txt", b"new")])
+    after = open_index(tmp_path / "shards")
+    assert [after.key(i) for i in range(len(after))][4:] == ["new"]
+    assert after.fingerprint != before.fingerprint
+
+
+def test_a_damaged_saved_index_is_built_again(shards: Shards, tmp_path: Path) -> None:
+    index = shards(records(3))
+    (tmp_path / "shards" / "index.npz").write_bytes(b"PK\x03\x04 and then nothing")
+    assert open_index(tmp_path / "shards").fingerprint == index.fingerprint
+
+
+def test_a_folder_that_cannot_be_written_is_indexed_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(records(3), tmp_path / "a")
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("contrastive.shards.index.os.replace", refuse)
+    assert len(open_index(tmp_path / "a")) == 3
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["00000.tar", "manifest.json"]
+
+
+def test_the_fingerprint_does_not_depend_on_place_or_time(shards: Shards, tmp_path: Path) -> None:
+    index = shards(records(6), "a")
+    other = shards(records(6), "b")
+    os.utime(other.shards[0], (1, 1))
+    assert open_index(tmp_path / "b").fingerprint == index.fingerprint
+    assert shards(records(5), "c").fingerprint != index.fingerprint
+
+
+def test_samples_with_a_missing_half_are_counted(tmp_path: Path) -> None:
+    files = [
+        ("a.png", encoded()),
+        ("a.txt", b"caption"),
+        ("b.png", encoded()),
+        ("c.txt", b"no image"),
+        ("d.png", encoded()),
+        ("d.txt", b" \n"),
+        ("e.png", encoded()),
+        ("e.txt", b"\xff\xfe\xff"),
+        ("f.json", b"{}"),
+    ]
+    write_tar(tmp_path / "x.tar", files)
+    index = open_index(tmp_path)
+    assert [index.key(i) for i in range(len(index))] == ["a"]
+    assert index.rejected == {"caption not UTF-8": 1, "neither": 1, "no caption": 2, "no image": 1}
+
+
+def test_shards_without_captions_are_an_error(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", encoded()), ("b.png", encoded())])
+    with pytest.raises(UserError, match="no pair in 1 shards .2 with no caption"):
+        open_index(tmp_path)
+
+
+def test_two_images_of_one_key_are_an_error(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", encoded()), ("a.jpg", encoded()), ("a.txt", b"which?")])
+    with pytest.raises(UserError, match="sample 'a'"):
+        open_index(tmp_path)
+
+
+def test_a_damaged_shard_is_an_error(shards: Shards, tmp_path: Path) -> None:
+    shard = shards(records(6)).shards[1]
+    shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"00001\.tar: the file is cut off.*at byte"):
+        open_index(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("name", ["absent", "empty", "x.tar.gz"])
+def test_what_is_no_shard_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.tar.gz").touch()
+    with pytest.raises(UserError, match=name):
+        open_index(tmp_path / name)
+
+
+def test_one_tar_a_glob_and_a_list_are_opened(shards: Shards, tmp_path: Path) -> None:
+    index = shards(records(10))
+    assert len(open_index(index.shards[0])) == 4
+    assert len(open_index(f"{tmp_path}/shards/0000[01].tar")) == 8
+    assert len(open_index(index.shards[1:])) == 6
+    assert len(open_index(tmp_path / "shards")) == 10
+
+
+def test_an_index_travels_to_another_process(shards: Shards) -> None:
+    index = shards(records(6))
+    index.image(0)  # has a file open now
+    assert pickle.loads(pickle.dumps(index)).record(5) == index.record(5)

@@ -1,0 +1,218 @@
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from contrastive.errors import UserError
+from contrastive.shards import (
+    Augment,
+    Batch,
+    PairLoader,
+    Record,
+    ShardIndex,
+    open_index,
+    resize_square,
+    write_shards,
+)
+from contrastive.shards.decode import decode_image
+
+from .conftest import encoded, lengths, records
+
+Shards = Callable[..., ShardIndex]
+STRONG = Augment((0.4, 1), flip=0.5, rotate=20, color=0.4, grayscale=0.2, tint=0.3)
+
+
+def load(index: ShardIndex, **options: Any) -> list[Batch]:
+    defaults: dict[str, Any] = {"image_size": 12, "augment": STRONG, "global_batch": 4, "seed": 5, "steps": 6}
+    return list(PairLoader(index, tokenize=lengths, **{**defaults, **options}))
+
+
+def joined(batches: list[Batch]) -> dict[str, Any]:
+    """One dictionary that two equal streams share."""
+    tensors = {
+        name: torch.cat([getattr(b, name) for b in batches]) for name in ("pixels", "tokens", "ids", "valid")
+    }
+    values = {name: tensor.tolist() for name, tensor in tensors.items()}
+    return {**values, "keys": [key for b in batches for key in b.keys]}
+
+
+def test_a_batch_has_the_promised_shapes(shards: Shards) -> None:
+    batch = load(shards(records(10)))[0]
+    assert (batch.pixels.dtype, tuple(batch.pixels.shape)) == (torch.uint8, (4, 3, 12, 12))
+    assert (batch.tokens.dtype, tuple(batch.tokens.shape)) == (torch.int64, (4, 2))
+    assert (batch.ids.dtype, batch.valid.tolist(), batch.rejected) == (torch.int64, [True] * 4, {})
+
+
+def test_rows_belong_together(shards: Shards) -> None:
+    items = {item.key: item for item in records(10)}
+    index = shards(list(items.values()))
+    for batch in load(index, augment=None):
+        for row, key in enumerate(batch.keys):
+            item = items[key]
+            assert item.image is not None
+            assert np.array_equal(batch.pixels[row].numpy(), resize_square(decode_image(item.image), 12))
+            assert batch.tokens[row].tolist() == lengths([item.captions[0]])[0].tolist()
+            assert batch.ids[row] == index.ids[int(item.meta["number"])]
+
+
+def test_every_sample_comes_once_an_epoch_across_straddling_batches(shards: Shards) -> None:
+    keys = joined(load(shards(records(10)), steps=5))[
+        "keys"
+    ]  # 20 samples: two epochs, the third batch has both
+    assert sorted(keys[:10]) == sorted(keys[10:]) == [f"sample-{i:03d}" for i in range(10)]
+    assert keys[:10] != keys[10:]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_have_the_batches_of_one_process(shards: Shards, world: int) -> None:
+    index = shards(records(10))
+    whole = load(index)
+    ranks = [load(index, rank=rank, world=world) for rank in range(world)]
+    for step, batch in enumerate(whole):
+        assert joined([rank[step] for rank in ranks]) == joined([batch])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_change_the_batches(shards: Shards, workers: int) -> None:
+    index = shards(records(10))
+    assert joined(load(index, workers=workers, caption_variants=0.5)) == joined(
+        load(index, caption_variants=0.5)
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_later_start_continues_the_same_stream(shards: Shards, workers: int) -> None:
+    index = shards(records(10))
+    assert joined(load(index, start_step=4, workers=workers)) == joined(load(index)[4:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_without_a_number_of_steps_there_is_no_end(shards: Shards, workers: int) -> None:
+    index = shards(records(3))
+    loader = PairLoader(
+        index, tokenize=lengths, image_size=8, augment=None, global_batch=2, workers=workers, start_step=1
+    )
+    assert joined(list(itertools.islice(loader, 9))) == joined(
+        load(index, image_size=8, augment=None, global_batch=2, seed=0, start_step=1, steps=10)
+    )
+
+
+def test_augmentation_differs_between_epochs(shards: Shards) -> None:
+    first, second = load(shards(records(4)), steps=2)
+    row, again = first.keys.index("sample-000"), second.keys.index("sample-000")
+    assert not torch.equal(first.pixels[row], second.pixels[again])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_random_stream_of_the_model_is_left_alone(shards: Shards, workers: int) -> None:
+    index = shards(records(4))
+    before = torch.get_rng_state()
+    load(index, workers=workers, steps=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_bad_sample_is_counted_and_stays_in_its_place(shards: Shards) -> None:
+    items = records(8)
+    items[3] = replace(items[3], image=encoded(3)[:200])
+    items[6] = replace(items[6], image=b"\x89PNG\r\n\x1a\n but no more")
+    (batch,) = load(shards(items), global_batch=8, steps=1)
+    (whole,) = load(shards(records(8), "good"), global_batch=8, steps=1)
+    bad = [key for key, valid in zip(batch.keys, batch.valid.tolist(), strict=True) if not valid]
+    assert sorted(bad) == ["sample-003", "sample-006"]
+    assert batch.rejected == {"truncated or damaged": 1, "not an image": 1}
+    assert batch.pixels[~batch.valid].max() == 0
+    assert batch.tokens[~batch.valid].tolist() == lengths(["", ""]).tolist()
+    assert batch.keys == whole.keys
+    assert torch.equal(batch.pixels[batch.valid], whole.pixels[batch.valid])
+
+
+def test_variants_are_drawn_as_often_as_asked(shards: Shards) -> None:
+    index = shards([Record(str(i), encoded(i), ("first", "v1", "v2")) for i in range(40)])
+    batches = load(index, augment=None, image_size=4, global_batch=40, steps=25, caption_variants=0.25)
+    drawn = [tuple(tokens) for batch in batches for tokens in batch.tokens.tolist()]
+    counts = [drawn.count(tuple(lengths([text])[0].tolist())) for text in ("first", "v1", "v2")]
+    assert sum(counts) == 1000
+    for count, share in zip(counts, (0.75, 0.125, 0.125), strict=True):
+        assert abs(count - 1000 * share) < 5 * np.sqrt(1000 * share * (1 - share))
+
+
+def test_a_sample_without_variants_keeps_its_caption(shards: Shards) -> None:
+    index = shards([Record(str(i), encoded(i), ("only",)) for i in range(4)])
+    (batch,) = load(index, steps=1, caption_variants=1.0)
+    assert batch.tokens.tolist() == lengths(["only"] * 4).tolist()
+
+
+@pytest.mark.parametrize("augment", [None, STRONG])
+def test_the_cache_gives_the_pixels_of_decoding(shards: Shards, augment: Augment | None) -> None:
+    items = records(8)
+    items[3] = replace(items[3], image=encoded(3)[:200])
+    index = shards(items)
+    plain, cached = load(index, augment=augment), load(index, augment=augment, cache=True)
+    assert joined(plain) == joined(cached)
+    assert [b.rejected for b in plain] == [b.rejected for b in cached]
+    assert joined(load(index, augment=augment, cache=True, workers=1)) == joined(plain)
+
+
+def test_the_cache_is_built_once(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = shards(records(4))
+    load(index, cache=True)
+    monkeypatch.setattr("contrastive.shards.cache.decode_image", lambda data: pytest.fail("decoded again"))
+    load(index, cache=True)
+
+
+def test_the_cache_of_replaced_pixels_is_built_again(tmp_path: Path) -> None:
+    # Raw pixels: another image with the same length, hence the same index and fingerprint.
+    for round in (0, 1):
+        item = Record("a", encoded(round, format="BMP"), ("same",))
+        if round:
+            (tmp_path / "a" / "index.npz").unlink()
+        folder = tmp_path / f"new{round}"
+        write_shards([item], folder)
+        if round:
+            (folder / "00000.tar").replace(tmp_path / "a" / "00000.tar")
+        else:
+            folder.rename(tmp_path / "a")
+        index = open_index(tmp_path / "a")
+        assert joined(load(index, cache=True)) == joined(load(index))
+
+
+def test_a_cache_of_images_that_differ_in_size_is_refused(shards: Shards) -> None:
+    index = shards([*records(3), Record("odd", encoded(size=(8, 8)), ("odd",))])
+    with pytest.raises(UserError, match=r"data\.cache: .*20x16, 8x8 at odd"):
+        load(index, cache=True)
+    assert not list(index.folder.glob("*pixels-*"))
+
+
+def test_a_batch_that_does_not_divide_is_refused(shards: Shards) -> None:
+    with pytest.raises(UserError, match="not divisible by 3"):
+        load(shards(records(4)), world=3)
+
+
+def test_members_that_would_run_code_are_never_opened(tmp_path: Path) -> None:
+    import io
+    import pickle
+    import tarfile
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (pytest.fail, ("unpickled",))
+
+    members = {
+        "a.png": encoded(),
+        "a.txt": b"text",
+        "a.pyd": pickle.dumps(Bomb()),
+        "a.json": json.dumps({}).encode(),
+    }
+    (tmp_path / "s").mkdir()
+    with tarfile.open(tmp_path / "s" / "x.tar", "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert load(open_index(tmp_path / "s"), global_batch=1, steps=1)[0].keys == ["a"]
