@@ -53,8 +53,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def resize_square(image: Image.Image, size: int) -> np.ndarray:
     """The evaluation transform of CLIP; uint8 (3, size, size).
 
-    The shorter side becomes `size` (bicubic, antialiased), and the centre is cut out: the pixels of torchvision's
-    Resize and CenterCrop, without resizing what is cut off.
+    The shorter side becomes `size` (bicubic, antialiased), and the centre is cut out: the same pixels as
+    torchvision's Resize and CenterCrop, without resizing what is cut off.
     """
     return np.ascontiguousarray(np.asarray(square(image, size)).transpose(2, 0, 1))
 
