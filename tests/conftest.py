@@ -1,0 +1,9 @@
+"""What all tests share: one torch thread a process, and no model hub."""
+
+import os
+
+# Before anything imports torch. Spawned processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
