@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,38 +21,41 @@ from contrastive.evaluation.tasks import Case, Examples, Hits
 def write_report(
     path: str | Path,
     *,
-    title: str,
     results: dict[str, Any],
     metrics: Sequence[dict[str, Any]] = (),
-    examples: Examples | None = None,
+    examples: Mapping[str, Examples] | None = None,
     config: str = "",
     environment: dict[str, Any] | None = None,
 ) -> Path:
     """Write the report to `path` (under a temporary name first) and return it.
 
     Args:
-        title: the name of the run.  results: see `contrastive.evaluation.table`.
-        metrics: rows of `metrics.jsonl`.  examples: of `evaluate_pairs(…, examples=n)`.
+        results: see `contrastive.evaluation.table`; `run` is the title.  metrics: rows of `metrics.jsonl`.
+        examples: by the name of the set, from `evaluate_pairs(…, examples=n)` and `evaluate_labelled`.
         config: the resolved recipe as text.  environment: versions and hardware.
     """
     rows = list(result_rows(results))
-    examples = examples or Examples()
     sections = [
         _key_numbers(rows, results),
         _section("Results", _table(rows) + _seconds(results.get("seconds", {}))),
         _section("Training", _curves(metrics)),
-        _section("What a caption finds", _hits(examples.hits), HITS_NOTE),
-        _section("Zero-shot, right", _cases(examples.right), CASES_NOTE),
-        _section("Zero-shot, wrong", _cases(examples.wrong), CASES_NOTE),
+    ]
+    for name, shown in (examples or {}).items():
+        sections += [
+            _section(f"{name}: what a caption finds", _hits(shown.hits), HITS_NOTE),
+            _section(f"{name}: zero-shot, right", _cases(shown.right), CASES_NOTE),
+            _section(f"{name}: zero-shot, wrong", _cases(shown.wrong), CASES_NOTE),
+        ]
+    sections += [
         _details("Recipe", config),
         _details("Environment", json.dumps(environment, indent=2) if environment else ""),
     ]
     style = files("contrastive.evaluation").joinpath("report.css").read_text(encoding="utf-8")
-    name = html.escape(title)
+    title = html.escape(str(results.get("run", "contrastive")))
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}</title>\n<style>\n{style}</style></head>\n<body><main>\n<h1>{name}</h1>\n"
+        f"<title>{title}</title>\n<style>\n{style}</style></head>\n<body><main>\n<h1>{title}</h1>\n"
         + "\n".join(section for section in sections if section)
         + "\n</main></body></html>\n"
     )
@@ -65,8 +68,8 @@ def write_report(
 
 
 HITS_NOTE = (
-    "For captions drawn at random, the eight images whose embeddings are nearest, best first; under each image its "
-    "own caption. A solid frame marks an image that the caption belongs to."
+    "For captions drawn at random, the eight images whose embeddings are nearest, best first; under each image "
+    "its own caption. A solid frame: the caption is the image's own."
 )
 CASES_NOTE = "Drawn at random. The three likeliest captions with their probabilities."
 

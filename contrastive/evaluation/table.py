@@ -1,7 +1,7 @@
 """The results of a run as rows: the text table at its end, and the same rows for the report.
 
-`results` is what `results.json` holds: `{"validation": evaluate_pairs' results, "labelled":
-[evaluate_labelled's results, …], "seconds": {part: seconds, …}}`, each part optional.
+`results` is what `results.json` holds: `{"run": name, "sets": {name: results of evaluate_pairs or
+evaluate_labelled}, "seconds": {part: seconds}}`; `run` and `seconds` may be absent.
 """
 
 from __future__ import annotations
@@ -30,27 +30,30 @@ PROBES = {
 
 def result_rows(results: dict[str, Any]) -> Iterator[Row]:
     """Every measurement of a run, in reading order."""
-    pairs = results.get("validation")
-    if pairs:
-        part = f"{pairs['name']}: {pairs['samples']:,} pairs, {pairs['captions']:,} captions"
-        for direction, title in (("image_to_text", "image to text"), ("text_to_image", "text to image")):
-            for name, entry in pairs["retrieval"][direction].items():
-                yield _row(part, f"{title}, {name}", entry)
-        for name, entry in pairs["zeroshot"].items():
-            yield _row(part, f"zero-shot, top-{name[3:]}", entry)
-    for labelled in results.get("labelled", ()):
-        inverted = ", inverted" if labelled["invert"] else ""
-        part = (
-            f"{labelled['name']}: {labelled['samples']:,} images, {labelled['classes']:,} classes{inverted}"
-        )
-        zeroshot = labelled.get("zeroshot", {})
-        for name, title in (("top1", "top-1"), ("top5", "top-5"), ("mean_per_class", "mean per class")):
-            if name in zeroshot:
-                yield _row(part, f"zero-shot, {title}", zeroshot[name])
-        for name, title in PROBES.items():
-            probe = labelled.get("probe", {}).get(name)
-            if probe:
-                yield _row(part, f"{title}, top-1", probe["top1"])
+    for found in results["sets"].values():
+        yield from _pair_rows(found) if found["kind"] == "pairs" else _labelled_rows(found)
+
+
+def _pair_rows(found: dict[str, Any]) -> Iterator[Row]:
+    part = f"{found['name']}: {found['samples']:,} pairs, {found['captions']:,} captions"
+    for direction, title in (("image_to_text", "image to text"), ("text_to_image", "text to image")):
+        for name, entry in found["retrieval"][direction].items():
+            yield _row(part, f"{title}, {name}", entry)
+    for name, entry in found["zeroshot"].items():
+        yield _row(part, f"zero-shot, top-{name[3:]}", entry)
+
+
+def _labelled_rows(found: dict[str, Any]) -> Iterator[Row]:
+    inverted = ", inverted" if found["invert"] else ""
+    part = f"{found['name']}: {found['samples']:,} images, {found['classes']:,} classes{inverted}"
+    zeroshot = found.get("zeroshot", {})
+    for name, title in (("top1", "top-1"), ("top5", "top-5"), ("mean_per_class", "mean per class")):
+        if name in zeroshot:
+            yield _row(part, f"zero-shot, {title}", zeroshot[name])
+    for name, title in PROBES.items():
+        probe = found.get("probe", {}).get(name)
+        if probe and "top1" in probe:
+            yield _row(part, f"{title}, top-1", probe["top1"])
 
 
 def format_results_table(results: dict[str, Any]) -> str:

@@ -80,6 +80,7 @@ def evaluate_pairs(
     *,
     name: str = "validation",
     examples: int = 0,
+    invert: bool = False,
     batch_size: int = 256,
     workers: int = 0,
     dtype: torch.dtype | None = None,
@@ -104,7 +105,14 @@ def evaluate_pairs(
     """
     started = time.perf_counter()
     found = embed(
-        model, source, batch_size=batch_size, workers=workers, text=True, dtype=dtype, progress=progress
+        model,
+        source,
+        batch_size=batch_size,
+        workers=workers,
+        text=True,
+        invert=invert,
+        dtype=dtype,
+        progress=progress,
     )
     if found.text is None:
         without = [
@@ -136,7 +144,7 @@ def evaluate_pairs(
     shown = Examples()
     if examples:
         names = [captions[index] for index in first]
-        shown = _examples(model, source, found, weights_KD, names, inverse, examples, seed)
+        shown = _examples(model, source, found, weights_KD, names, inverse, examples, seed, invert)
     return Evaluation(results, shown)
 
 
@@ -169,9 +177,8 @@ def evaluate_labelled(
 
     Returns:
         results: `{"name", "kind": "labelled", "samples", "classes", "invert", "templates", "zeroshot":
-        {"top1": M, "top5": M, "mean_per_class": M, "seconds"}, "probe": {"model": {"top1": M, "top5": M,
-        "mean_per_class": M, "C", "width", "validation_curve"}, "random": …, "pixels": …, "train_size", "test_size", "classes", "features",
-        "seconds"}, "rejected", "seconds"}`, the parts asked for; M as in `evaluate_pairs`.
+        {"top1": M, "top5": M, "mean_per_class": M, "seconds"}, "probe": …, "rejected", "seconds"}`, the parts
+        asked for; M as in `evaluate_pairs`, "probe" as in `probe_with_controls`.
 
     Raises:
         UserError: an unknown task, no labels, a label of `test` that is not in `labels`, a probe without

@@ -1,0 +1,141 @@
+"""``contrastive probe fit|predict``: a linear classifier on a model's frozen features, kept in one file."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from contrastive.cli.output import (
+    add_image_arguments,
+    add_output_arguments,
+    guess_rows,
+    one_source,
+    write_rows,
+)
+
+NAME = "probe"
+HELP = "train a linear classifier on a labelled set, or use one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="fit|predict")
+
+    fit = actions.add_parser("fit", help="fit a probe to labelled images and save it", allow_abbrev=False)
+    fit.add_argument("model", help="a run folder, a model folder, or an open_clip name")
+    fit.add_argument("train", help="labelled images: one sub-folder a class, a table, or shards")
+    fit.add_argument("output", help="the probe file to write (.safetensors)")
+    fit.add_argument("--test", metavar="DATA", help="measure on this labelled set, beside the controls")
+    fit.add_argument("--label", metavar="COL", help="column of the label (default: guessed)")
+    fit.add_argument("--C", metavar="C", help="strength, or several with commas (default: a sweep)")
+    fit.add_argument("--features", choices=("tower", "projected"), default="tower", help="default: tower")
+    fit.add_argument("--invert", action="store_true", help="turn the images into their negatives first")
+    fit.add_argument("--seed", type=int, default=0, help="of the validation split (default: 0)")
+
+    predict = actions.add_parser("predict", help="label images with a saved probe", allow_abbrev=False)
+    predict.add_argument("probe", help="a file that `contrastive probe fit` wrote")
+    add_image_arguments(predict)
+    predict.add_argument(
+        "--model", metavar="M", help="where the model is now (default: where it was at the fit)"
+    )
+    add_output_arguments(predict)
+
+
+def run(args: argparse.Namespace) -> int:
+    return _fit(args) if args.action == "fit" else _predict(args)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from contrastive.evaluation import probe_with_controls
+    from contrastive.models import fingerprint, load, reinitialised
+
+    model = load(args.model)
+    outcome = probe_with_controls(
+        model,
+        args.train,
+        args.test,
+        lambda: reinitialised(model, args.seed),
+        C=_strengths(args.C),
+        features=args.features,
+        label=args.label,
+        invert=args.invert,
+        seed=args.seed,
+    )
+    model_path = Path(args.model)
+    outcome.probe.save(
+        args.output,
+        model=str(model_path.resolve()) if model_path.exists() else args.model,
+        fingerprint=fingerprint(model),
+        features=args.features,
+        invert=args.invert,
+        results=outcome.results,
+    )
+    results = outcome.results
+    measured = (
+        f"{results['test_size']:,} test images" if args.test else "not measured: there is no --test DATA"
+    )
+    print(f"{results['train_size']:,} training images, {results['classes']} classes; {measured}")
+    rows = [_row(title, results[name]) for name, title in TITLES.items() if name in results]
+    write_rows(rows, "table")
+    for key, reason in outcome.failures.items():
+        print(f"left out {key}: {reason}")
+    print(f"saved {args.output}")
+    return 0
+
+
+TITLES = {"model": "the model", "random": "random tower", "pixels": "pixels"}
+
+
+def _row(title: str, result: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"features": title, "width": result["width"], "C": f"{result['C']:.3g}"}
+    if "top1" in result:
+        for name, column in (("top1", "top-1 %"), ("mean_per_class", "mean per class %")):
+            entry = result[name]
+            row[column] = f"{100 * entry['value']:.1f}"
+            if name == "top1":
+                row["95 % interval"] = f"{100 * entry['low']:.1f} … {100 * entry['high']:.1f}"
+        row["chance %"] = f"{100 * result['top1']['chance']:.1f}"
+    return row
+
+
+def _strengths(text: str | None) -> float | list[float] | None:
+    from contrastive.errors import UserError
+
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--C {text}: give a number, or several separated by commas") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from contrastive.errors import UserError
+    from contrastive.evaluation import LinearProbe, embed
+    from contrastive.models import fingerprint, load
+
+    if args.top_k < 1:
+        raise UserError(f"--top-k {args.top_k}: give at least 1")
+    probe = LinearProbe.load(args.probe)
+    saved = probe.metadata_
+    path = args.model or saved.get("model")
+    if path is None:
+        raise UserError(f"{args.probe} does not say which model it belongs to; name it with --model")
+    model = load(path)
+    if saved.get("fingerprint") not in (None, fingerprint(model)):
+        raise UserError(
+            f"{args.probe} was fitted to another model than {path}; name that one with --model, or fit again"
+        )
+    found = embed(
+        model,
+        one_source(args.images),
+        features=saved.get("features", "tower"),
+        text=False,
+        invert=args.invert or bool(saved.get("invert")),
+    )
+    probabilities = probe.predict_proba(found.image)
+    rows = guess_rows(found.keys, probabilities, probe.classes_.tolist(), args.top_k, found.failures)
+    write_rows(rows, args.format, args.output)
+    return 0
