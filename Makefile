@@ -9,10 +9,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install towers pretrain test test-all check bench clean
+.PHONY: help install towers pretrain test test-all test-lowest check bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 install: .venv/installed  ## make .venv and install the package and its command into it
 
@@ -29,6 +29,13 @@ test: .venv/installed-test  ## run the tests, without the slow ones
 test-all: .venv/installed-test  ## run all tests
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 
+test-lowest:  ## run the tests on the lower bounds of the dependencies, in .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	sed -n '/^dependencies/,/^]/s/^ *"\(.*\)>=\([^"]*\)".*/\1==\2/p' pyproject.toml > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c .venv-lowest/lowest.txt $(TORCH_ARGS) -e ".[test]"
+	.venv-lowest/bin/python -m pytest -q -n $(WORKERS) -m "not slow"
+
 check: .venv/installed-test .venv/installed-dev  ## lint, format, types, import rules
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -39,7 +46,7 @@ bench: .venv/installed  ## time what is quick to time; benchmarks/ holds the lon
 	$(BIN)/python benchmarks/startup.py
 
 clean:  ## delete .venv, caches and builds; runs and shards stay
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-lowest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find contrastive tests benchmarks data -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make a second call quick; a change of pyproject.toml installs again.

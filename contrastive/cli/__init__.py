@@ -65,6 +65,11 @@ def _run(name: str, argv: list[str]) -> int:
 
 
 def _overview(argv: list[str]) -> int:
+    if argv == ["--version"]:
+        from contrastive import __version__
+
+        print(f"contrastive {__version__}")
+        return 0
     width = max(map(len, COMMANDS)) + 2
     commands = "\n".join(f"  {name:<{width}}{_command(name).HELP}" for name in COMMANDS)
     parser = _Parser(
@@ -76,12 +81,8 @@ def _overview(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
-    if parser.parse_args(argv).version:
-        from contrastive import __version__
-
-        print(f"contrastive {__version__}")
-    else:
-        parser.print_help()
+    parser.parse_args(argv)
+    parser.print_help()
     return 0
 
 
