@@ -51,6 +51,7 @@ WORK = ROOT / "runs" / "benchmark-pretrain"
 RESULTS = ROOT / "benchmarks" / "results" / "pretrain.json"
 PEER_PACKAGES = ROOT / ".venv-peer"
 SMALL_VOCABULARY = 8000
+TOKENIZER = WORK.relative_to(ROOT) / "tokenizer"  # relative, as results are published; runs start in ROOT
 
 
 def candidate(
@@ -89,7 +90,7 @@ def clip_text(width: int, layers: int, context: int) -> dict[str, Any]:
 
 def small_text(width: int, layers: int, context: int) -> dict[str, Any]:
     """A text tower on a vocabulary trained on the captions; to open_clip it is a Hugging Face tokenizer."""
-    vocabulary = {"hf_tokenizer_name": str(WORK / "tokenizer"), "vocab_size": SMALL_VOCABULARY}
+    vocabulary = {"hf_tokenizer_name": str(TOKENIZER), "vocab_size": SMALL_VOCABULARY}
     return clip_text(width, layers, context) | vocabulary | {"pool_type": "eos", "eos_id": 1, "pad_id": 0}
 
 
@@ -288,7 +289,7 @@ def prepare_peer() -> None:
         subprocess.run([*pip, "--no-deps", "webdataset==0.2.86"], check=True)
         if missing := [name for name in ("pandas", "braceexpand") if not importlib.util.find_spec(name)]:
             subprocess.run([*pip, *missing], check=True)
-    if not (WORK / "tokenizer" / "tokenizer.json").exists():
+    if not (ROOT / TOKENIZER / "tokenizer.json").exists():
         from transformers import PreTrainedTokenizerFast
 
         from contrastive.models import train_tokenizer
@@ -296,7 +297,7 @@ def prepare_peer() -> None:
 
         trained = train_tokenizer(open_index(ROOT / TRAIN).captions(), vocab_size=SMALL_VOCABULARY)
         folder = PreTrainedTokenizerFast(tokenizer_object=trained, pad_token="[PAD]", eos_token="[END]")
-        folder.save_pretrained(WORK / "tokenizer")
+        folder.save_pretrained(ROOT / TOKENIZER)
 
 
 def accuracy(image: np.ndarray, text: np.ndarray, captions: list[str]) -> dict[str, float]:
