@@ -98,13 +98,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_yaml(config: Config) -> str:
-    """The whole recipe, defaults included, as YAML that `load_config` reads back to an equal one."""
+    """The whole recipe, defaults included, as ASCII that `load_config` reads back to an equal one."""
     return yaml.dump(
         _kind_first(config.model_dump(by_alias=True)),
         Dumper=_Dumper,
         sort_keys=False,
         default_flow_style=False,
-        allow_unicode=True,
     )
 
 
