@@ -25,6 +25,7 @@ class LinearProbe:
     """Softmax regression on frozen features, the objective of scikit-learn's `LogisticRegression`.
 
     C * sum of cross-entropies + 1/2 |W|^2, the intercept free; the solution is the optimum itself, to `tol`.
+    With two classes there are still two rows of weights, which equals scikit-learn's single one at 2 C.
 
     C: a number; a sequence of numbers to choose among; or None, a sweep from 1e-4 to 1e6, first in steps of a
         factor of 100, then halving the step around the best one down to a factor of 1.8. The coarse sweep

@@ -68,8 +68,8 @@ def write_report(
 
 
 HITS_NOTE = (
-    "For captions drawn at random, the eight images whose embeddings are nearest, best first; under each image "
-    "its own caption. A solid frame: the caption is the image's own."
+    "For captions drawn at random, the eight images whose embeddings are nearest, best first; under each "
+    "image its own caption. A solid frame: the caption is the image's own."
 )
 CASES_NOTE = "Drawn at random. The three likeliest captions with their probabilities."
 

@@ -71,7 +71,7 @@ class ZeroShotClassifier:
     @property
     def classes_(self) -> NDArray[np.str_]:
         """The labels, in the order given."""
-        return np.asarray(list(self.labels))
+        return np.asarray(check_labels(self.labels))
 
     def features(self, X: Any) -> NDArray[np.float32]:
         """Normalised image embeddings (N, D) of whatever `predict` takes.
