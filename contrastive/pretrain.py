@@ -17,7 +17,14 @@ from accelerate import Accelerator
 from contrastive.build import build_accelerator, build_model, build_trainer
 from contrastive.config import Config, PairModelConfig, TrainedTokenizerConfig, dump_yaml
 from contrastive.errors import UserError
-from contrastive.evaluation import evaluate_labelled, evaluate_pairs, format_results_table, write_report
+from contrastive.evaluation import (
+    Evaluation,
+    Examples,
+    evaluate_labelled,
+    evaluate_pairs,
+    format_results_table,
+    write_report,
+)
 from contrastive.models import CorpusTokenizer, TwoTower, load, reinitialised, save_model, train_tokenizer
 from contrastive.shards import ShardIndex, open_cache, open_index
 from contrastive.training import environment, list_checkpoints, read_metrics
@@ -67,9 +74,7 @@ def pretrain(
         if not quiet:
             print(summary(config, model, train_index, accelerator), flush=True)
 
-    trainer = build_trainer(
-        config, accelerator, model, train_index, validate=validation(validation_index), quiet=quiet
-    )
+    trainer = build_trainer(config, accelerator, model, train_index, validate=validation(validation_index), quiet=quiet)
     if config.track.trackers:
         accelerator.init_trackers(run_dir.name if "tensorboard" not in config.track.trackers else "tensorboard")
     try:
@@ -157,6 +162,82 @@ def validation(index: ShardIndex | None) -> Callable[[Any], dict[str, float]] | 
         return None
 
     def validate(model: Any) -> dict[str, float]:
-        return evaluate_pairs(model, index, bootstrap=0).scalars()
+        return evaluate_pairs(model, index).scalars()
 
     return validate
+
+
+def evaluate(
+    config: Config,
+    model: TwoTower,
+    validation_index: ShardIndex | None,
+    training_seconds: float,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Evaluate the finished model as ``eval`` says; writes ``results.json`` and ``report.html``, prints the table."""
+    run_dir = Path(config.run.dir)
+    results: dict[str, Any] = {"run": run_dir.name, "seconds": {"training": training_seconds}, "sets": {}}
+    examples: dict[str, Examples] = {}
+
+    def add(found: Evaluation) -> None:
+        name = found.results["name"]
+        results["sets"][name] = found.results
+        results["seconds"][name] = found.results["seconds"]
+        examples[name] = found.examples
+
+    if validation_index is not None:
+        add(evaluate_pairs(model, validation_index, name="validation", examples=8))
+    for labelled in config.eval.labelled:
+        add(
+            evaluate_labelled(
+                model,
+                labelled.name,
+                labelled.train,
+                labelled.test,
+                labelled.tasks,
+                templates=labelled.templates,
+                invert=labelled.invert,
+                random_model=lambda: reinitialised(model, seed=config.run.seed),
+                examples=8,
+            )
+        )
+    started = time.perf_counter()
+    if config.eval.report:
+        write_report(
+            run_dir / "report.html",
+            results=results,
+            metrics=read_metrics(run_dir / "metrics.jsonl"),
+            examples=examples,
+            config=(run_dir / "config.yaml").read_text(),
+            environment=json.loads((run_dir / "environment.json").read_text()),
+        )
+        results["seconds"]["report"] = time.perf_counter() - started
+    (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if not quiet:
+        print(format_results_table(results))
+        print(f"model   {run_dir / 'model'}   results {run_dir / 'results.json'}")
+        if config.eval.report:
+            print(f"report  {run_dir / 'report.html'}")
+    return results
+
+
+def dry_run(config: Config) -> str:
+    """Check a recipe as far as it goes without training: build the model, look for the data.
+
+    Raises:
+        UserError: the model cannot be built as asked.
+    """
+    model = build_model(config)
+    lines = [f"recipe is valid; run folder {config.run.dir}"]
+    for name, module in (("image tower", model.image), ("text tower", model.text)):
+        lines.append(f"{name:12s} {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters")
+    for split in ("train", "validation"):
+        folder = getattr(config.data, split)
+        if folder is None:
+            lines.append(f"{split:12s} none")
+        elif Path(folder).exists():
+            lines.append(f"{split:12s} {folder}: {len(open_index(folder)):,} pairs")
+        else:
+            lines.append(f"{split:12s} {folder}: NOT FOUND; make it with `contrastive shard SOURCE {folder}`")
+    lines.append(f"{'batch':12s} {config.train.global_batch} pairs over all processes")
+    return "\n".join(lines)

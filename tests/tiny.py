@@ -1,5 +1,6 @@
 """A corpus of coloured squares and a recipe that trains on it in seconds, shared by several test folders."""
 
+import os
 from pathlib import Path
 
 from PIL import Image
@@ -47,5 +48,6 @@ def write_recipe(corpus: Path, path: Path) -> Path:
 def tiny_config(corpus: Path, run_dir: Path, *overrides: str) -> Config:
     """The tiny recipe, with its run folder and changes."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    recipe = write_recipe(corpus, run_dir.parent / "tiny.yaml")
+    # several ranks of one run write it at once
+    recipe = write_recipe(corpus, run_dir.parent / f"tiny-{os.getpid()}.yaml")
     return load_config(recipe, [f"run.dir={run_dir}", *overrides])

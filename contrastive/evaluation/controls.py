@@ -83,13 +83,9 @@ def probe_with_controls(
 
     def read(source: Images) -> tuple[Extracted, NDArray[np.str_]]:
         opened = open_labelled(source, label=label)
-        found = extract(
-            model, opened, functions, batch_size=batch_size, invert=invert, dtype=dtype, progress=progress
-        )
+        found = extract(model, opened, functions, batch_size=batch_size, invert=invert, dtype=dtype, progress=progress)
         keys = [record.key for record in found.records]
-        return found, np.asarray(
-            check_complete(str(source), [record.label for record in found.records], keys)
-        )
+        return found, np.asarray(check_complete(str(source), [record.label for record in found.records], keys))
 
     train_found, train_labels = read(train)
     fitted = {"features": features, "train_size": len(train_labels), "classes": len(set(train_labels))}

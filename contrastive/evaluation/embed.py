@@ -179,9 +179,7 @@ def extract(
     return Extracted({name: np.concatenate(blocks) for name, blocks in rows.items()}, kept, failures)
 
 
-def on_pixels(
-    model: Model, encode: Callable[[Tensor], Tensor]
-) -> Callable[[list[Image.Image]], NDArray[np.float32]]:
+def on_pixels(model: Model, encode: Callable[[Tensor], Tensor]) -> Callable[[list[Image.Image]], NDArray[np.float32]]:
     """`encode` as a function of images: preprocessed as `model` does, on its device, float32 rows back."""
 
     def rows(images: list[Image.Image]) -> NDArray[np.float32]:
@@ -204,9 +202,7 @@ def open_images(source: Images) -> Iterable[Record]:
         raise UserError("images: the list is empty")
     for item in source:
         if not isinstance(item, (str, PathLike, Image.Image, Record)):
-            raise UserError(
-                f"images: a list of PIL images or paths is needed, it holds a {type(item).__name__}"
-            )
+            raise UserError(f"images: a list of PIL images or paths is needed, it holds a {type(item).__name__}")
     return list(source)  # decoded item by item: see `_decode`
 
 

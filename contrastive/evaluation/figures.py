@@ -52,22 +52,19 @@ def _draw(curves: dict[str, tuple[list[float], list[float]]]) -> str:
     figure = Figure(figsize=(4.4, 2.5), layout="constrained")
     axes: Axes = figure.add_subplot()
     for (label, (x, y)), colour in zip(curves.items(), COLOURS, strict=False):
-        axes.plot(
-            x, y, label=label, color=colour, linewidth=1.6, marker="o" if len(x) < 15 else None, markersize=3
-        )
+        axes.plot(x, y, label=label, color=colour, linewidth=1.6, marker="o" if len(x) < 15 else None, markersize=3)
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     axes.set_xlabel("step", color=INK, fontsize=9)
-    axes.set_ylim(bottom=min(0.0, *(min(y) for _, y in curves.values())))
+    values = [value for _, y in curves.values() for value in y]
+    axes.set_ylim(min(0.0, 1.05 * min(values)), 1.05 * max(values) or None)
     axes.tick_params(colors=INK, labelsize=9)
     axes.grid(color=INK, alpha=0.2)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
     text = io.StringIO()
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "contrastive"}
-    ):
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "contrastive"}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :]

@@ -61,9 +61,7 @@ def accuracies(
     Chance is a uniform guess: k/K. A top-k with k >= K is left out: it is always right.
     """
     ranks = np.asarray(ranks_N)
-    result = {
-        f"top{k}": share(ranks < k, seed=seed) | {"chance": k / classes} for k in ks if k < classes or k == 1
-    }
+    result = {f"top{k}": share(ranks < k, seed=seed) | {"chance": k / classes} for k in ks if k < classes or k == 1}
     result["mean_per_class"] = mean_per_class(ranks < 1, target_N, seed=seed) | {"chance": 1 / classes}
     return result
 

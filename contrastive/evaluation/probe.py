@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 
 from contrastive.errors import UserError
 from contrastive.evaluation.softmax import SoftmaxRegression
@@ -28,9 +28,8 @@ class LinearProbe:
     With two classes there are still two rows of weights, which equals scikit-learn's single one at 2 C.
 
     C: a number; a sequence of numbers to choose among; or None, a sweep from 1e-4 to 1e6, first in steps of a
-        factor of 100, then halving the step around the best one down to a factor of 1.8. The coarse sweep
-        stops when accuracy is two standard errors under the best: larger C only fit the noise more closely,
-        and slowly.
+        factor of 100, then halving the step around the best one down to a factor of 1.8. The coarse sweep stops
+        when both accuracy and cross-entropy get worse: larger C only fit the noise more closely, and slowly.
     validation: share of the *training* samples, drawn class by class, that strengths are compared on.
         Afterwards the probe is fitted again to all of them. The better accuracy wins, at a tie the stronger
         penalty.
@@ -131,9 +130,7 @@ class LinearProbe:
                 header = json.loads((file.metadata() or {})["probe"])
                 coef, intercept = file.get_tensor("coef"), file.get_tensor("intercept")
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"probe: {path} is not a probe file; write one with `contrastive probe fit`"
-            ) from error
+            raise UserError(f"probe: {path} is not a probe file; write one with `contrastive probe fit`") from error
         probe = cls(C=header["C"])
         probe.coef_, probe.intercept_ = coef, intercept
         probe.classes_, probe.C_ = np.asarray(header["classes"]), header["C"]
@@ -155,9 +152,9 @@ class LinearProbe:
             coef, intercept = solutions[strength] = problem.solve(
                 strength, tolerance=SWEEP_TOLERANCE, max_iter=self.max_iter, dtype=np.float32
             )
-            predicted = (features[held] @ coef.T + intercept).argmax(axis=1)
-            accuracy[strength] = float((predicted == target[held]).mean())
-            return accuracy[strength]
+            logits = features[held] @ coef.T + intercept
+            accuracy[strength] = float((logits.argmax(axis=1) == target[held]).mean())
+            return float(-log_softmax(logits, axis=1)[np.arange(len(held)), target[held]].mean())
 
         def best() -> float:
             return max(sorted(accuracy), key=lambda strength: accuracy[strength])
@@ -166,9 +163,10 @@ class LinearProbe:
             for strength in sorted(_positive(c) for c in self.C):
                 measure(strength)
         else:
+            loss = np.inf
             for strength in COARSE:
-                top = max(accuracy.values(), default=0.0)
-                if measure(strength) < top - 2 * np.sqrt(top * (1 - top) / len(held)):
+                before, loss = loss, measure(strength)
+                if loss > before and accuracy[strength] < max(accuracy.values()):
                     break
             for step in FINE_STEPS:
                 centre = best()

@@ -90,9 +90,7 @@ def _key_numbers(rows: list[Row], results: dict[str, Any]) -> str:
     ]
     training = results.get("seconds", {}).get("training")
     if training:
-        cards.append(
-            f"<li><strong>{training / 60:.1f} min</strong><span>of training</span><small></small></li>"
-        )
+        cards.append(f"<li><strong>{training / 60:.1f} min</strong><span>of training</span><small></small></li>")
     return f'<ul class="cards">{"".join(cards)}</ul>' if cards else ""
 
 
@@ -139,7 +137,7 @@ def _cases(cases: Iterable[Case]) -> str:
     for case in cases:
         guesses = "".join(
             f'<li{" class=right" if name == case.truth else ""}><meter value="{chance:.3f}"></meter> '
-            f"{100 * chance:.0f} % {html.escape(name)}</li>"
+            f"{100 * chance:.{0 if chance >= 0.1 else 1}f} % {html.escape(name)}</li>"
             for name, chance in case.guesses
         )
         truth = html.escape(case.truth)

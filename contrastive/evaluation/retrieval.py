@@ -21,9 +21,7 @@ KS = (1, 5, 10)
 BLOCK = 16_000_000  # scores held at a time: 64 MB of float32
 
 
-def retrieval_ranks(
-    query_QD: Tensor, candidate_ND: Tensor, query_ids_Q: Tensor, candidate_ids_N: Tensor
-) -> Tensor:
+def retrieval_ranks(query_QD: Tensor, candidate_ND: Tensor, query_ids_Q: Tensor, candidate_ids_N: Tensor) -> Tensor:
     """Number of wrong candidates that score at least as high as the best right one, int64 (Q,).
 
     Ties count against the model. A query with no right candidate has rank N.

@@ -69,9 +69,7 @@ class SoftmaxRegression:
 
         def objective(flat: Array) -> tuple[float, Array]:
             point = flat.reshape(directions + 1, self.classes)
-            logits_NK = (scaled_NR @ point[:-1].astype(dtype)).astype(np.float64) + intercept_scale * point[
-                -1
-            ]
+            logits_NK = (scaled_NR @ point[:-1].astype(dtype)).astype(np.float64) + intercept_scale * point[-1]
             log_sum = logsumexp(logits_NK, axis=1, keepdims=True)
             loss = (log_sum[:, 0] - logits_NK[rows, self.target_N]).sum()
             residual_NK = np.exp(logits_NK - log_sum)

@@ -65,9 +65,7 @@ def format_results_table(results: dict[str, Any]) -> str:
             lines += ["", f"{row.part:<59}  95 % interval  chance"]
             part = row.part
         chance = "" if row.chance is None else f"{100 * row.chance:6.2f}"
-        lines.append(
-            f"  {row.task:<50}{100 * row.value:6.1f}%  {100 * row.low:5.1f} … {100 * row.high:5.1f}  {chance}"
-        )
+        lines.append(f"  {row.task:<50}{100 * row.value:6.1f}%  {100 * row.low:5.1f} … {100 * row.high:5.1f}  {chance}")
     seconds = results.get("seconds", {})
     if seconds:
         lines += ["", "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())]

@@ -68,9 +68,7 @@ class Evaluation:
         """The bare values of a set of pairs, to log: `image_to_text/recall@1`, …, `zeroshot/top1`, …"""
         groups = {**self.results.get("retrieval", {}), "zeroshot": self.results.get("zeroshot", {})}
         return {
-            f"{group}/{name}": entry["value"]
-            for group, entries in groups.items()
-            for name, entry in entries.items()
+            f"{group}/{name}": entry["value"] for group, entries in groups.items() for name, entry in entries.items()
         }
 
 
@@ -135,9 +133,7 @@ def evaluate_pairs(
         "samples": len(ids),
         "captions": len(unique),
         "retrieval": recalls(found.image, found.text, ids, seed=seed),
-        "zeroshot": {
-            f"top{k}": share(ranks < k, seed=seed) | {"chance": min(1.0, k / len(unique))} for k in (1, 5)
-        },
+        "zeroshot": {f"top{k}": share(ranks < k, seed=seed) | {"chance": min(1.0, k / len(unique))} for k in (1, 5)},
         "rejected": found.rejected,
         "seconds": time.perf_counter() - started,
     }
@@ -189,17 +185,13 @@ def evaluate_labelled(
     if unknown or not tasks:
         raise UserError(f"{name}: tasks: '{', '.join(unknown)}': use some of {', '.join(LABELLED_TASKS)}")
     if "probe" in tasks and train is None:
-        raise UserError(
-            f"{name}: tasks: a probe needs a labelled training set beside the test set; name one as train"
-        )
+        raise UserError(f"{name}: tasks: a probe needs a labelled training set beside the test set; name one as train")
     source = open_labelled(test, label=label)
     results: dict[str, Any] = {"name": name, "kind": "labelled", "invert": invert}
     shown = Examples()
     if "zeroshot" in tasks:
         wordings = read_templates(templates)
-        found = embed(
-            model, source, batch_size=batch_size, text=False, invert=invert, dtype=dtype, progress=progress
-        )
+        found = embed(model, source, batch_size=batch_size, text=False, invert=invert, dtype=dtype, progress=progress)
         if found.labels is None:
             raise UserError(f"{name}: some images have no label; give every image one")
         names = check_labels(sorted(set(found.labels)) if labels is None else labels)
@@ -214,15 +206,12 @@ def evaluate_labelled(
             "samples": len(target),
             "classes": len(names),
             "templates": list(wordings),
-            "zeroshot": accuracies(ranks, target, len(names), seed=seed)
-            | {"seconds": time.perf_counter() - started},
+            "zeroshot": accuracies(ranks, target, len(names), seed=seed) | {"seconds": time.perf_counter() - started},
             "rejected": found.rejected,
         }
         if examples:
             weights_KD = classifier.weights_.T
-            shown = _examples(
-                model, source, found, weights_KD, names, target, examples, seed, invert, hits=False
-            )
+            shown = _examples(model, source, found, weights_KD, names, target, examples, seed, invert, hits=False)
     if "probe" in tasks:
         assert train is not None
         outcome = probe_with_controls(
@@ -265,9 +254,7 @@ def _examples(
     right, wrong = (
         random.permutation(np.flatnonzero((best_N == target_N) == wanted))[:count] for wanted in (True, False)
     )
-    queries = (
-        random.choice(len(names), size=min(count, len(names)), replace=False) if hits else np.empty(0, int)
-    )
+    queries = random.choice(len(names), size=min(count, len(names)), replace=False) if hits else np.empty(0, int)
     hit_QK, _ = best_hits(weights_KD[queries], found.image, 8) if hits else (np.empty((0, 8), int), None)
     images = _images(source, {found.keys[row] for row in (*right, *wrong, *hit_QK.ravel())}, invert)
 

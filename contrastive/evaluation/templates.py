@@ -43,9 +43,7 @@ def read_templates(spec: str | Path | Sequence[str] | None) -> tuple[str, ...]:
     else:
         templates, where = tuple(spec), "templates"
     if not templates:
-        raise UserError(
-            f"{where}: there is none; use none or short, or give one with {{}} where the label goes"
-        )
+        raise UserError(f"{where}: there is none; use none or short, or give one with {{}} where the label goes")
     for template in templates:
         if "{}" not in template:
             raise UserError(f"{where}: '{template}' has no {{}} to put the label in")

@@ -93,9 +93,7 @@ class ZeroShotClassifier:
         rows = torch.as_tensor(X)
         if rows.ndim == 2:
             if rows.shape[1] != self.model.dim:
-                raise UserError(
-                    f"features have width {rows.shape[1]}, the model's embeddings {self.model.dim}"
-                )
+                raise UserError(f"features have width {rows.shape[1]}, the model's embeddings {self.model.dim}")
             return normalise(rows.detach().float().cpu().numpy())
         if rows.ndim != 4 or rows.shape[1] != 3:
             raise UserError(f"shape {tuple(rows.shape)} is neither pixels (n, 3, h, w) nor features (n, dim)")

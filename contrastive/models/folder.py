@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,13 @@ def describe(model: TwoTower) -> dict[str, Any]:
         "scale_max": model.scale_max,
         "bias": model.logit_bias is not None,
     }
-    if hasattr(model, "open_clip_config"):
+    if model.open_clip_config is not None:
         description["open_clip"] = model.open_clip_config
     else:
         description["image"] = model.image.description()
         description["text"] = model.text.description()
-    return json.loads(json.dumps(description))  # type: ignore[no-any-return]
+    as_json: dict[str, Any] = json.loads(json.dumps(description))  # tuples become lists, as in a file
+    return as_json
 
 
 def save_model(model: TwoTower, folder: str | Path) -> Path:
@@ -64,7 +66,10 @@ def build_described(description: dict[str, Any], folder: Path) -> TwoTower:
     bias = 0.0 if description.get("bias") else None
     if "open_clip" in description:
         model = open_clip_model(
-            description["name"], config=description["open_clip"], bias=bias, scale_max=description["scale_max"]
+            description["name"],
+            config=description["open_clip"],
+            bias=bias,
+            scale_max=description["scale_max"],
         )
         return model
     image = dict(description["image"])
@@ -117,7 +122,9 @@ def load(path_or_name: str | Path, *, device: str | torch.device | None = None) 
     if path.is_dir():
         folder = path / "model" if (path / "model" / "config.json").is_file() else path
         if not (folder / "config.json").is_file():
-            raise UserError(f"{path}: no model here (neither config.json nor model/config.json); has the run saved one?")
+            raise UserError(
+                f"{path}: no model here (neither config.json nor model/config.json); has the run saved one?"
+            )
         model = _open_folder(folder)
     elif path.exists():
         raise UserError(f"{path} is a file; name the run folder or the model folder")
@@ -142,8 +149,6 @@ def reinitialised(model: TwoTower, seed: int = 0) -> TwoTower:
     """The same architecture with fresh random weights: the control beside every probe."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = model.tokenizer.save(Path(folder))
             fresh = build_described({**describe(model), "tokenizer": tokenizer}, Path(folder))

@@ -69,14 +69,14 @@ class TimmImageTower(nn.Module):
         if "img_size" in _arguments_of(name):
             arguments["img_size"] = image_size
         try:
-            self.trunk = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+            trunk = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise UserError(f"model.image.kwargs: timm's {name} does not accept {self.kwargs} ({error})") from None
+        self.trunk: Any = trunk
         if weights is not None:
-            _load_trunk(self.trunk, Path(weights))
-        self.width: int = self.trunk.num_features
-        if hasattr(self.trunk, "head_hidden_size") and self.trunk.head_hidden_size:
-            self.width = self.trunk.head_hidden_size
+            _load_trunk(trunk, Path(weights))
+        # Some trunks widen their features behind the pooling, in what timm counts to the head.
+        self.width: int = getattr(trunk, "head_hidden_size", None) or trunk.num_features  # type: ignore[assignment]
         self.projection = nn.Linear(self.width, dim, bias=False)
 
     def features(self, pixels: Tensor) -> Tensor:

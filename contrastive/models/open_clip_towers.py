@@ -7,12 +7,14 @@ tower gives the features before its projection, which is what probes want.
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
@@ -24,16 +26,16 @@ from contrastive.models.two_tower import TwoTower
 class OpenClipImageTower(nn.Module):
     """The ``visual`` of an open_clip model; `preprocess` is its configuration (mean, std, size)."""
 
-    def __init__(self, visual: nn.Module, dim: int, preprocess: dict[str, Any]) -> None:
+    def __init__(self, visual: Any, dim: int, preprocess: dict[str, Any]) -> None:
         super().__init__()
-        self.visual: Any = visual
+        self.visual = visual
         size = visual.image_size
-        self.image_size: int = size[0] if isinstance(size, tuple | list) else int(size)  # type: ignore[arg-type]
+        self.image_size: int = size[0] if isinstance(size, tuple | list) else int(size)
         self.mean = tuple(preprocess["mean"])
         self.std = tuple(preprocess["std"])
         # Only the plain vision transformer keeps its projection where it can be held back.
         self.splits = isinstance(visual, VisionTransformer) and getattr(visual, "proj", None) is not None
-        self.width: int = visual.proj.shape[0] if self.splits else dim  # type: ignore[union-attr, assignment, index]
+        self.width: int = visual.proj.shape[0] if self.splits else dim
         if self.splits:
             self.projection = visual.proj
             visual.proj = None
@@ -43,7 +45,7 @@ class OpenClipImageTower(nn.Module):
         return features
 
     def project(self, features: Tensor) -> Tensor:
-        return features @ self.projection if self.splits else features  # type: ignore[operator]
+        return features @ self.projection if self.splits else features
 
     def checkpoint_gradients(self) -> None:
         self.visual.set_grad_checkpointing(True)
@@ -121,8 +123,6 @@ def open_clip_model(
     known = open_clip.get_model_config(name)
     if config is None:
         if known is None:
-            import difflib
-
             near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise UserError(f"model.name: open_clip has no model {name!r}{hint}")
@@ -131,24 +131,31 @@ def open_clip_model(
         registered = name
     else:
         # open_clip builds by registered name only; its registry takes files, so ours goes through one.
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             registered = f"{name}-custom"
             (Path(folder) / f"{registered}.json").write_text(json.dumps(config))
             open_clip.add_model_config(folder)
+    # open_clip warns of random weights on the root logger; whoever asked for none knows, and `load` says it itself.
+    logging.disable(logging.WARNING)
     try:
         model = open_clip.create_model(
-            registered, pretrained=pretrained, require_pretrained=pretrained is not None, pretrained_text=False
+            registered,
+            pretrained=pretrained,
+            require_pretrained=pretrained is not None,
+            pretrained_text=False,
         )
     except Exception as error:  # hub, file and architecture faults come as many types
         what = f"the weights {pretrained!r} of {name}" if pretrained else name
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"model: {what} cannot be opened here ({reason})") from None
+    finally:
+        logging.disable(logging.NOTSET)
     dim = int(config["embed_dim"])
     preprocess = getattr(model.visual, "preprocess_cfg", {}) or {}
-    preprocess = {"mean": preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN),
-                  "std": preprocess.get("std", open_clip.OPENAI_DATASET_STD)}
+    preprocess = {
+        "mean": preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN),
+        "std": preprocess.get("std", open_clip.OPENAI_DATASET_STD),
+    }
     text_config = config.get("text_cfg", {})
     context = int(text_config.get("context_length", 77))
     own = bool(text_config.get("hf_tokenizer_name") or text_config.get("tokenizer_kwargs"))
@@ -160,7 +167,12 @@ def open_clip_model(
         if getattr(model, "logit_bias", None) is not None:
             options["bias"] = float(model.logit_bias.detach())
     tower = TwoTower(
-        OpenClipImageTower(visual, dim, preprocess), OpenClipTextTower(model), tokenizer, dim, name=name, **options
+        OpenClipImageTower(visual, dim, preprocess),
+        OpenClipTextTower(model),
+        tokenizer,
+        dim,
+        name=name,
+        **options,
     )
-    tower.open_clip_config = config  # type: ignore[assignment]
+    tower.open_clip_config = config
     return tower

@@ -163,6 +163,7 @@ class HuggingFaceTextTower(nn.Module):
         super().__init__()
         try:
             from transformers import AutoConfig, AutoModel
+            from transformers.utils.logging import disable_progress_bar
         except ImportError:
             raise UserError(
                 "model.text.kind huggingface needs transformers; `pip install contrastive[pretrained]`"
@@ -173,6 +174,7 @@ class HuggingFaceTextTower(nn.Module):
         else:
             if not (Path(config) / "config.json").is_file():
                 raise UserError(f"model.text.path: {config} is no Hugging Face model folder (no config.json)")
+            disable_progress_bar()  # one bar per tensor file says nothing to whoever trains
             self.encoder = AutoModel.from_pretrained(str(config), local_files_only=True)
         self.pool, self.pad_id, self.dim = pool, pad_id, dim
         self.projection = nn.Linear(self.encoder.config.hidden_size, dim, bias=False)

@@ -1,6 +1,6 @@
 """Captions to token ids: one trained on the corpus, open_clip's, or a local folder's.
 
-A tokenizer here is a callable ``list[str] -> int64 tensor (n, length)`` with ``context``, ``pad_id`` and ``vocab_size``.
+A tokenizer here is a callable ``list[str] -> int64 (n, length)`` with ``context``, ``pad_id`` and ``vocab_size``.
 ``length`` is the longest caption of the call, never above ``context``: whether a text tower can take the short form
 is the tower's business (see ``TextTower.cuts_text``). A tokenizer is picklable, since loader workers hold a copy.
 """

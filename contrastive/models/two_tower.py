@@ -31,6 +31,9 @@ class TwoTower(nn.Module):
         lock_image, lock_text: keep a tower's trunk as it is (no gradient, evaluation mode); its projection learns.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         image: ImageTower,
@@ -58,6 +61,7 @@ class TwoTower(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(image.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(image.std).view(1, 3, 1, 1) * 255, persistent=False)
         self.channels_last = False
+        self.open_clip_config: dict[str, Any] | None = None  # set for a model of open_clip: what rebuilds it
         self.locked = tuple(tower for tower, lock in (("image", lock_image), ("text", lock_text)) if lock)
         for tower in self.locked:
             for key, parameter in getattr(self, tower).named_parameters():

@@ -1,7 +1,7 @@
 """Checkpoints: all that the rest of a run depends on, in a folder that appears whole or not at all.
 
-``checkpoints/step_<n>/`` holds ``model.safetensors``, ``optimizer.pt``, ``random_<rank>.pt`` and ``state.json``. Tensors
-are read with ``weights_only=True``; nothing else is unpickled.
+``checkpoints/step_<n>/`` holds ``model.safetensors``, ``optimizer.pt``, ``random_<rank>.pt`` and ``state.json``.
+The ``.pt`` files are read with ``weights_only=True``: nothing is unpickled but tensors and plain values.
 """
 
 from __future__ import annotations

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float, tower_lr: dict[str, float]) -> list[dict]:  # type: ignore[type-arg]
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, tower_lr: dict[str, float]
+) -> list[dict[str, Any]]:
     """Parameter groups by tower, with and without decay; frozen parameters are left out.
 
     Norms, biases, the logit scale and bias and the positional tables get no decay: what has fewer than two
@@ -60,8 +63,3 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
     """Every group's rate becomes its base rate times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-
-
-def gradient_norm(parameters: list[torch.Tensor]) -> torch.Tensor:
-    """L2 norm of all gradients together, 0-d."""
-    return torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]))

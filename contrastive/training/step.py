@@ -34,7 +34,13 @@ class TrainStep:
         *,
         clip: float | None,
     ) -> None:
-        self.accelerator, self.model, self.loss, self.optimizer, self.clip = accelerator, model, loss, optimizer, clip
+        self.accelerator, self.model, self.loss, self.optimizer, self.clip = (
+            accelerator,
+            model,
+            loss,
+            optimizer,
+            clip,
+        )
         self.two_tower: Any = accelerator.unwrap_model(model)
 
     def __call__(self, batch: Any, lr_factor: float) -> dict[str, Tensor]:
@@ -42,9 +48,7 @@ class TrainStep:
         set_learning_rate(self.optimizer, lr_factor)
         out = self.model(batch.pixels.to(device, non_blocking=True), batch.tokens.to(device, non_blocking=True))
         valid = None if bool(batch.valid.all()) and self.accelerator.num_processes == 1 else batch.valid.to(device)
-        metrics = self.loss(
-            out["image"], out["text"], out["scale"], out["bias"], ids=batch.ids.to(device), valid=valid
-        )
+        metrics = self.loss(out["image"], out["text"], out["scale"], out["bias"], ids=batch.ids.to(device), valid=valid)
         self.accelerator.backward(metrics["loss"])
         if self.clip is not None:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)

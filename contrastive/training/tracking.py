@@ -18,7 +18,16 @@ from accelerate import Accelerator
 def environment() -> dict[str, Any]:
     """Versions and hardware, so that a result can be placed later."""
     packages = {}
-    for name in ("contrastive", "torch", "open_clip_torch", "timm", "accelerate", "tokenizers", "numpy", "pillow"):
+    for name in (
+        "contrastive",
+        "torch",
+        "open_clip_torch",
+        "timm",
+        "accelerate",
+        "tokenizers",
+        "numpy",
+        "pillow",
+    ):
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -33,8 +33,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 6
     context.set_forkserver_preload(["torch", "torch.distributed", "open_clip", "accelerate"])
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes = [
-            context.Process(target=_rank, args=(rank, world, port, folder, timeout, fn, args))
-            for rank in range(world)
+            context.Process(target=_rank, args=(rank, world, port, folder, timeout, fn, args)) for rank in range(world)
         ]
         try:
             for process in processes:

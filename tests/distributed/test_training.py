@@ -1,4 +1,4 @@
-"""Two processes train as one: the same loss at every step, the same gradients of both towers and the scale."""
+"""Two processes train as one: the loss at every step, the gradients of both towers and of the scale."""
 
 import json
 from pathlib import Path
@@ -23,16 +23,14 @@ def corpus(tmp_path_factory):
 
 
 def train(rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str]) -> list[float]:
-    config = tiny_config(corpus, run_dir / f"recipe-{rank}" / ".." / "run", *EXACT, *overrides)
+    config = tiny_config(corpus, run_dir / "run", *EXACT, *overrides)
     pretrain(config, quiet=True)
     rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
-def gradients(
-    rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str]
-) -> dict[str, torch.Tensor]:
-    config = tiny_config(corpus, run_dir / f"run-{rank}", *EXACT, *overrides)
+def gradients(rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str]) -> dict[str, torch.Tensor]:
+    config = tiny_config(corpus, run_dir / f"rank-{rank}" / "run", *EXACT, *overrides)
     index = open_index(config.data.train)
     accelerator = build_accelerator(config)
     path = corpus / "tokenizer.json"
@@ -41,7 +39,7 @@ def gradients(
 
         train_tokenizer(index.captions(), vocab_size=300).save(str(path))
     accelerator.wait_for_everyone()
-    config = tiny_config(corpus, run_dir / f"run-{rank}", *EXACT, *overrides, f"model.tokenizer.path={path}")
+    config = tiny_config(corpus, run_dir / f"rank-{rank}" / "run", *EXACT, *overrides, f"model.tokenizer.path={path}")
     trainer = build_trainer(config, accelerator, build_model(config), index, quiet=True)
     batch = next(iter(trainer.make_loader(0)))
     out = trainer.model(batch.pixels, batch.tokens)

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from contrastive.models import CorpusTokenizer, TimmImageTower, TransformerTextTower, TwoTower, train_tokenizer
+from contrastive.models import (
+    CorpusTokenizer,
+    TimmImageTower,
+    TransformerTextTower,
+    TwoTower,
+    train_tokenizer,
+)
 
 CORPUS = ["open book", "red apple", "woman feeding baby", "flag of Mexico"] * 3
 
