@@ -22,9 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels = parser.add_mutually_exclusive_group(required=True)
     labels.add_argument("--labels", metavar="A,B", help="the labels, separated by commas")
     labels.add_argument("--labels-file", metavar="FILE", help="the labels, one a line")
-    parser.add_argument(
-        "--templates", metavar="T", help="none (default), short, or a file with one a line, with {}"
-    )
+    parser.add_argument("--templates", metavar="T", help="none (default), short, or a file with one a line, with {}")
     add_output_arguments(parser)
 
 

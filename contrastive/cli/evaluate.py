@@ -11,17 +11,13 @@ HELP = "measure a model on a data set: zero-shot, probe, retrieval"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a run folder, a model folder, or an open_clip name")
     parser.add_argument("data", help="labelled images, or pairs for retrieval: a folder, table or shards")
-    parser.add_argument(
-        "--tasks", default="zeroshot", help="of zeroshot, probe, retrieval (default: zeroshot)"
-    )
+    parser.add_argument("--tasks", default="zeroshot", help="of zeroshot, probe, retrieval (default: zeroshot)")
     parser.add_argument("--train", metavar="DATA", help="labelled training images, for the probe")
     parser.add_argument("--label", metavar="COL", help="column of the label (default: guessed)")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labels", metavar="A,B", help="classes of zero-shot (default: those of DATA)")
     labels.add_argument("--labels-file", metavar="FILE", help="the same, one a line")
-    parser.add_argument(
-        "--templates", metavar="T", help="none (default), short, or a file with one a line, with {}"
-    )
+    parser.add_argument("--templates", metavar="T", help="none (default), short, or a file with one a line, with {}")
     parser.add_argument("--invert", action="store_true", help="turn the images into their negatives first")
     parser.add_argument("--json", metavar="FILE", help="write the results here as well")
 

@@ -20,9 +20,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """The images of `classify` and `probe predict`."""
-    parser.add_argument(
-        "images", nargs="+", metavar="IMAGES", help="files, a folder, a glob, a table or shards"
-    )
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, a folder, a glob, a table or shards")
     parser.add_argument("--invert", action="store_true", help="turn the images into their negatives first")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="labels an image (default: 5)")
 
@@ -44,9 +42,7 @@ def guess_rows(
     for key, chances in zip(keys, probabilities, strict=True):
         for rank, best in enumerate((-chances).argsort()[:top_k], start=1):
             chance = float(chances[best])
-            rows.append(
-                {"image": key, "rank": rank, "label": str(classes[best]), "probability": chance, "error": ""}
-            )
+            rows.append({"image": key, "rank": rank, "label": str(classes[best]), "probability": chance, "error": ""})
     for key, reason in failures.items():
         rows.append({"image": key, "rank": None, "label": None, "probability": None, "error": reason})
         print(f"{key}: {reason}", file=sys.stderr)

@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     predict = actions.add_parser("predict", help="label images with a saved probe", allow_abbrev=False)
     predict.add_argument("probe", help="a file that `contrastive probe fit` wrote")
     add_image_arguments(predict)
-    predict.add_argument(
-        "--model", metavar="M", help="where the model is now (default: where it was at the fit)"
-    )
+    predict.add_argument("--model", metavar="M", help="where the model is now (default: where it was at the fit)")
     add_output_arguments(predict)
 
 
@@ -72,9 +70,7 @@ def _fit(args: argparse.Namespace) -> int:
         results=outcome.results,
     )
     results = outcome.results
-    measured = (
-        f"{results['test_size']:,} test images" if args.test else "not measured: there is no --test DATA"
-    )
+    measured = f"{results['test_size']:,} test images" if args.test else "not measured: there is no --test DATA"
     print(f"{results['train_size']:,} training images, {results['classes']} classes; {measured}")
     rows = [_row(title, results[name]) for name, title in TITLES.items() if name in results]
     write_rows(rows, "table")

@@ -11,9 +11,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 INK = "#7a8088"  # reads on a light and on a dark page
 COLOURS = ("#3b7dd8", "#d9822b", "#3a9a6a", "#b4529a")
+
+SHARES = ("Validation recall@1", "Validation zero-shot", "Share of time waiting for data")
 
 
 def training_curves(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -38,7 +41,7 @@ def training_curves(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
         curves = {label: points(rows, key) for key, label in series.items()}
         curves = {label: curve for label, curve in curves.items() if curve[0]}
         if curves:
-            figures[title] = _draw(curves)
+            figures[title] = _draw(curves, percent=title in SHARES)
     return figures
 
 
@@ -48,7 +51,7 @@ def points(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[
     return [step for step, _ in held], [value for _, value in held]
 
 
-def _draw(curves: dict[str, tuple[list[float], list[float]]]) -> str:
+def _draw(curves: dict[str, tuple[list[float], list[float]]], percent: bool) -> str:
     figure = Figure(figsize=(4.4, 2.5), layout="constrained")
     axes: Axes = figure.add_subplot()
     for (label, (x, y)), colour in zip(curves.items(), COLOURS, strict=False):
@@ -58,6 +61,9 @@ def _draw(curves: dict[str, tuple[list[float], list[float]]]) -> str:
     axes.set_xlabel("step", color=INK, fontsize=9)
     values = [value for _, y in curves.values() for value in y]
     axes.set_ylim(min(0.0, 1.05 * min(values)), 1.05 * max(values) or None)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.tick_params(colors=INK, labelsize=9)
     axes.grid(color=INK, alpha=0.2)
     for side, spine in axes.spines.items():

@@ -27,9 +27,7 @@ def save_random_model(folder, seed):
     tokenizer = CorpusTokenizer(train_tokenizer(NAMES * 3, vocab_size=330), context=8)
     kwargs = {"channels": (8, 8, 16, 16), "layers": (1, 1, 1, 1)}
     image = TimmImageTower("resnet18", 16, 32, kwargs=kwargs)
-    text = TransformerTextTower(
-        tokenizer.vocab_size, 16, 8, width=16, depth=1, heads=2, pad_id=tokenizer.pad_id
-    )
+    text = TransformerTextTower(tokenizer.vocab_size, 16, 8, width=16, depth=1, heads=2, pad_id=tokenizer.pad_id)
     return str(save_model(TwoTower(image, text, tokenizer, 16), folder))
 
 
@@ -43,10 +41,7 @@ def command(*arguments):
 
 
 def test_classify_gives_the_probabilities_of_the_classifier(saved, pairs, capsys):
-    assert (
-        command("classify", saved, pairs, "--labels", "red, blue,green", "--top-k", 2, "--format", "json")
-        == 0
-    )
+    assert command("classify", saved, pairs, "--labels", "red, blue,green", "--top-k", 2, "--format", "json") == 0
     rows = json.loads(capsys.readouterr().out)
     classifier = contrastive.ZeroShotClassifier(contrastive.load(saved), ["red", "blue", "green"])
     expected = np.sort(classifier.predict_proba(pairs), axis=1)[:, ::-1][:, :2]
@@ -108,9 +103,7 @@ def test_a_probe_is_fitted_measured_saved_and_used(saved, labelled, tmp_path, ca
     assert command("probe", "predict", file, labelled, "--top-k", 1, "--format", "json") == 0
     rows = json.loads(capsys.readouterr().out)
     features = contrastive.embed(contrastive.load(saved), labelled, features="tower")
-    assert [row["label"] for row in rows] == contrastive.LinearProbe.load(file).predict(
-        features.image
-    ).tolist()
+    assert [row["label"] for row in rows] == contrastive.LinearProbe.load(file).predict(features.image).tolist()
     assert np.mean([row["label"] == row["image"].split("/")[0] for row in rows]) > 0.9
 
 

@@ -68,9 +68,7 @@ def test_the_sweep_finds_a_strength_as_good_as_an_exhaustive_one():
     test_features, test_target = features[250:], target[250:]
     swept = LinearProbe(validation=0.2).fit(features[:250], target[:250])
     scores = [
-        LogisticRegression(C=c, max_iter=5000)
-        .fit(features[:250], target[:250])
-        .score(test_features, test_target)
+        LogisticRegression(C=c, max_iter=5000).fit(features[:250], target[:250]).score(test_features, test_target)
         for c in np.logspace(-4, 3, 15)
     ]
     assert swept.score(test_features, test_target) >= max(scores) - 0.05

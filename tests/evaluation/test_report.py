@@ -74,9 +74,7 @@ def test_the_report_is_one_whole_page_that_asks_nothing_of_the_network(run, tmp_
 
 def test_the_report_shows_results_examples_curves_and_settings(run, tmp_path):
     results, examples = run
-    path = write_report(
-        tmp_path / "r.html", results=results, metrics=METRICS, examples=examples, config="lr: 1"
-    )
+    path = write_report(tmp_path / "r.html", results=results, metrics=METRICS, examples=examples, config="lr: 1")
     page = Page(path.read_text())
     for expected in (
         "a & b",
@@ -91,9 +89,7 @@ def test_the_report_shows_results_examples_curves_and_settings(run, tmp_path):
         assert expected in page.text
     tiles = [a for a in page.addresses if a.startswith("data:image/png")]
     shown = examples.values()
-    cases = sum(len(hits.images) for e in shown for hits in e.hits) + sum(
-        len(e.right + e.wrong) for e in shown
-    )
+    cases = sum(len(hits.images) for e in shown for hits in e.hits) + sum(len(e.right + e.wrong) for e in shown)
     assert len(tiles) == cases > 0
 
 
@@ -111,9 +107,7 @@ def test_the_table_holds_every_measurement_in_percent(run):
     assert re.search(r"zero-shot, top-1 +25\.5% +23\.5 … +27\.4 +0\.05\n", table)
     assert "validation: 8 pairs, 5 captions" in table and "colours: 48 images, 4 classes, inverted" in table
     assert table.endswith("seconds: training 130, validation 3")
-    assert (
-        len(re.findall(r"\d%", table)) == 6 + 2 + 2 + 2
-    )  # no random tower was given; top-5 of 4 says nothing
+    assert len(re.findall(r"\d%", table)) == 6 + 2 + 2 + 2  # no random tower was given; top-5 of 4 says nothing
 
 
 def test_points_leave_out_rows_without_the_quantity():

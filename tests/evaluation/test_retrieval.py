@@ -58,7 +58,5 @@ def test_chance_is_one_when_all_candidates_are_shown():
 
 
 def test_best_hits_are_sorted():
-    index, score = best_hits(
-        np.array([[1.0, 0.0]], np.float32), np.array([[0, 1], [2, 0], [1, 0]], np.float32), 2
-    )
+    index, score = best_hits(np.array([[1.0, 0.0]], np.float32), np.array([[0, 1], [2, 0], [1, 0]], np.float32), 2)
     assert index.tolist() == [[1, 2]] and score.tolist() == [[2.0, 1.0]]

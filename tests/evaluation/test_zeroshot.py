@@ -22,12 +22,8 @@ def test_images_in_every_form_get_the_same_prediction(model, pairs):
 def test_probabilities_are_the_softmax_of_scaled_cosines(model):
     classifier = ZeroShotClassifier(model, NAMES)
     images = [square("red"), square("green", 40)]
-    logits = (
-        torch.as_tensor(embed(model, images).image @ embed_texts(model, NAMES).T) * model.logit_scale.exp()
-    )
-    np.testing.assert_allclose(
-        classifier.predict_proba(images), logits.softmax(dim=1).detach().numpy(), rtol=1e-5
-    )
+    logits = torch.as_tensor(embed(model, images).image @ embed_texts(model, NAMES).T) * model.logit_scale.exp()
+    np.testing.assert_allclose(classifier.predict_proba(images), logits.softmax(dim=1).detach().numpy(), rtol=1e-5)
 
 
 def test_a_weight_is_the_normalised_mean_over_templates(model):
