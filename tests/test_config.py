@@ -119,9 +119,7 @@ eval:
 track: {with: [tensorboard, wandb], log_every: 5}
 """
     config = recipe(text)
-    assert config.model.text == HuggingFaceTextConfig(
-        path="some/folder", pool="cls", locked=True, lr_scale=0.1
-    )
+    assert config.model.text == HuggingFaceTextConfig(path="some/folder", pool="cls", locked=True, lr_scale=0.1)
     assert config.model.logit_bias == -10.0
     assert config.loss == MarginConfig(margin=0.3, hardest=True, same_caption="negative")
     assert config.eval.labelled[0].tasks == ("zeroshot", "probe")
@@ -189,9 +187,7 @@ def test_another_kind_of_the_outer_block_drops_the_inner_ones(recipe):
 
 
 def test_a_dumped_recipe_reads_back_equal(recipe, tmp_path):
-    config = recipe(
-        MINIMAL, "run.dir='1e-3'", "model.image.kwargs={a: [1, {b: no}], c: 010}", "data.validation=5%"
-    )
+    config = recipe(MINIMAL, "run.dir='1e-3'", "model.image.kwargs={a: [1, {b: no}], c: 010}", "data.validation=5%")
     path = tmp_path / "config.yaml"
     path.write_text(dump_yaml(config))
     assert load_config(path) == config

@@ -29,9 +29,7 @@ def command(monkeypatch):
 
 
 def python(code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_the_exit_code_is_that_of_the_command(command):
@@ -85,10 +83,7 @@ def test_an_unknown_option_is_one_line_and_exit_code_2(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "r.yaml", "--dryrun"])
     assert stop.value.code == 2
-    assert (
-        capsys.readouterr().err
-        == "error: unrecognized arguments: --dryrun (see `contrastive train --help`)\n"
-    )
+    assert capsys.readouterr().err == "error: unrecognized arguments: --dryrun (see `contrastive train --help`)\n"
 
 
 def test_an_unknown_command_suggests_the_nearest(capsys):
@@ -132,15 +127,11 @@ def test_python_m_contrastive_is_the_command_line():
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    assert (
-        python("import sys, contrastive; print({'torch', 'numpy', 'pydantic'} & set(sys.modules))") == "set()"
-    )
+    assert python("import sys, contrastive; print({'torch', 'numpy', 'pydantic'} & set(sys.modules))") == "set()"
 
 
 def test_help_loads_nothing_heavy():
-    code = (
-        "import sys; from contrastive.cli import main; main([]); print({'torch', 'numpy'} & set(sys.modules))"
-    )
+    code = "import sys; from contrastive.cli import main; main([]); print({'torch', 'numpy'} & set(sys.modules))"
     assert python(code).splitlines()[-1] == "set()"
 
 
