@@ -45,9 +45,7 @@ def copy_recipe(name: str, dest: Path) -> Path:
     name = name.removesuffix(".yaml")
     matches = [full for full in recipes if name in (full, full.split("/")[-1])]
     if len(matches) != 1:
-        close = matches or difflib.get_close_matches(
-            name, [*recipes, *(n.split("/")[-1] for n in recipes)], n=1
-        )
+        close = matches or difflib.get_close_matches(name, [*recipes, *(n.split("/")[-1] for n in recipes)], n=1)
         hint = f"Did you mean '{close[0]}'?" if close else f"Recipes: {', '.join(recipes)}"
         raise UserError(f"recipe '{name}': {'several have that name' if matches else 'unknown'}. {hint}")
     source = recipes[matches[0]]

@@ -47,9 +47,7 @@ def _towers(config: Config) -> Iterator[Problem]:
         if text.depth and text.width % text.heads:
             nearest = [n for n in range(1, text.width + 1) if text.width % n == 0]
             heads = min(nearest, key=lambda n: abs(n - text.heads))
-            line = (
-                f"model.text.heads: {text.heads} does not divide model.text.width {text.width}; use {heads}"
-            )
+            line = f"model.text.heads: {text.heads} does not divide model.text.width {text.width}; use {heads}"
             yield ("model.text.heads", "model.text.width", "model.text.depth"), line
     elif tokenizer.kind != "huggingface":
         line = f"model.tokenizer.kind: '{tokenizer.kind}' does not fit a huggingface text tower; "

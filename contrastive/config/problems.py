@@ -58,9 +58,7 @@ def check(data: dict[str, Any]) -> tuple[Config | None, list[str]]:
                     return None, list(lines)
                 place = _Place(found["loc"])
                 line, touched = _describe(found, place)
-                follows = found["type"] in ("missing", "too_short") and any(
-                    _related(place.path, p) for p in damaged
-                )
+                follows = found["type"] in ("missing", "too_short") and any(_related(place.path, p) for p in damaged)
                 if not follows:
                     lines[line] = None
                     damaged += touched
@@ -124,12 +122,7 @@ def _describe(found: Any, place: _Place) -> tuple[str, list[str]]:
         expected = _EXPECTED[kind].format(**{k: _number(v) for k, v in context.items()})
         if place.field and type(None) in get_args(place.field.annotation):
             expected += " or null"
-        if (
-            kind == "literal_error"
-            and place.owner
-            and "kind" in place.owner.model_fields
-            and place.keys[-1] != "kind"
-        ):
+        if kind == "literal_error" and place.owner and "kind" in place.owner.model_fields and place.keys[-1] != "kind":
             expected += f" for kind {place.owner.model_fields['kind'].default}"
         return f"{path}: expected {expected} {value}", [path]
     return f"{path}: {found['msg']} {value}", [path]
@@ -172,9 +165,10 @@ def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    parts = get_args(annotation)  # first: to Python 3.10, `tuple[int, ...]` is an instance of `type`
+    if not parts and isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in get_args(annotation) for model in _models_in(part)]
+    return [model for part in parts for model in _models_in(part)]
 
 
 def _related(a: str, b: str) -> bool:

@@ -38,9 +38,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
                 continue
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key.value}' is given twice", key.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
             seen.add(key.value)
             key.tag = _TEXT  # a key is text, whatever it looks like
         return super().construct_mapping(node, deep)
@@ -158,9 +156,7 @@ def _apply(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
         values.pop(key, None)
         values[key] = value
     _reset_other_kinds(data, values)
-    if any(values.get(f"train.{name}") is not None for name in LENGTHS) and isinstance(
-        data.get("train"), dict
-    ):
+    if any(values.get(f"train.{name}") is not None for name in LENGTHS) and isinstance(data.get("train"), dict):
         for name in LENGTHS:
             data["train"].pop(name, None)
     for key, value in values.items():

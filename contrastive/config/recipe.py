@@ -71,9 +71,7 @@ Channels = Annotated[tuple[float, float, float], Field(strict=False)]
 class RunConfig(Block):
     """Where the results go, and the seed that everything random is drawn from."""
 
-    dir: str = Field(
-        "runs/unnamed", min_length=1, description="run folder (default: runs/ and the recipe's name)"
-    )
+    dir: str = Field("runs/unnamed", min_length=1, description="run folder (default: runs/ and the recipe's name)")
     seed: int = Field(0, ge=0, description="weights, order and augmentation are a function of it")
 
 
@@ -122,9 +120,7 @@ class TrainedTokenizerConfig(Block):
     """A tokenizer trained on the corpus: its table is as small as the corpus allows."""
 
     kind: Literal["trained"] = "trained"
-    path: str | None = Field(
-        None, description="a trained tokenizer; null: train one on data.train at the start"
-    )
+    path: str | None = Field(None, description="a trained tokenizer; null: train one on data.train at the start")
     vocab_size: int = Field(8000, ge=16, description="rows of the embedding table, at most")
     lowercase: bool = Field(True, description="captions in lower case")
     context: int = Field(32, ge=2, description="tokens that are kept of a caption")
@@ -154,8 +150,7 @@ class LogitScaleConfig(Block):
 
 
 TextConfig = Annotated[
-    Annotated[TransformerTextConfig, Tag("transformer")]
-    | Annotated[HuggingFaceTextConfig, Tag("huggingface")],
+    Annotated[TransformerTextConfig, Tag("transformer")] | Annotated[HuggingFaceTextConfig, Tag("huggingface")],
     _kind_of("model.text"),
 ]
 TokenizerConfig = Annotated[
@@ -199,19 +194,13 @@ ModelConfig = Annotated[
 class AugmentConfig(Block):
     """Random changes of the training images."""
 
-    crop: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
-        (0.5, 1.0), description="area share, from and to"
-    )
+    crop: Annotated[tuple[Share, Share], Field(strict=False)] = Field((0.5, 1.0), description="area share, from and to")
     ratio: float = Field(1.3333, ge=1, description="largest aspect ratio of a crop, either way")
-    flip: Share = Field(
-        0.0, description="probability of a mirror image (never where captions say left or right)"
-    )
+    flip: Share = Field(0.0, description="probability of a mirror image (never where captions say left or right)")
     rotate: float = Field(0.0, ge=0, le=180, description="degrees, either way")
     color: Share = Field(0.0, description="strength of the change of brightness, contrast and saturation")
     grayscale: Share = Field(0.0, description="probability")
-    tint: Share = Field(
-        0.0, description="probability of a factor per channel, which colours a white background"
-    )
+    tint: Share = Field(0.0, description="probability of a factor per channel, which colours a white background")
 
 
 class DataConfig(Block):
@@ -221,9 +210,7 @@ class DataConfig(Block):
     validation: str | None = Field(None, description="the folder of the validation shards")
     workers: int = Field(1, ge=0, description="loader processes per training process")
     cache: bool = Field(False, description="keep decoded images beside the shards (all of one size only)")
-    caption_variants: Share = Field(
-        0.0, description="probability of drawing one of a sample's further captions"
-    )
+    caption_variants: Share = Field(0.0, description="probability of drawing one of a sample's further captions")
     augment: AugmentConfig = AugmentConfig()
 
 
@@ -260,9 +247,7 @@ class OptimConfig(Block):
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
     ] = (0.9, 0.98)
     eps: Positive = 1e-8
-    warmup: Annotated[int | str, PlainValidator(_span(0))] = Field(
-        "5%", description="steps, or a share of the run"
-    )
+    warmup: Annotated[int | str, PlainValidator(_span(0))] = Field("5%", description="steps, or a share of the run")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
     clip: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
 
@@ -275,9 +260,7 @@ class TrainConfig(Block):
     epochs: Positive | None = None
     minutes: Positive | None = None
     global_batch: int = Field(512, ge=2, description="samples a step, over all processes")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="auto: bf16 where supported"
-    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 where supported")
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
     channels_last: bool = Field(True, description="memory layout of the image tower")
     threads: int | None = Field(None, ge=1, description="torch threads per process; null: torch's choice")
@@ -296,9 +279,7 @@ class LabelledSetConfig(Block):
     name: str = Field(min_length=1, description="its name in the results")
     train: str | None = Field(None, description="the training split; the probe needs it")
     test: str = Field(min_length=1, description="the test split")
-    invert: bool = Field(
-        False, description="invert the pixels: a white object on black becomes black on white"
-    )
+    invert: bool = Field(False, description="invert the pixels: a white object on black becomes black on white")
     templates: str = Field("none", min_length=1, description="a built-in set, a file of templates, or none")
     tasks: Annotated[tuple[Literal["zeroshot", "probe"], ...], Field(strict=False, min_length=1)] = (
         "zeroshot",
