@@ -27,7 +27,7 @@ from contrastive.evaluation import (
 )
 from contrastive.models import CorpusTokenizer, TwoTower, load, reinitialised, save_model, train_tokenizer
 from contrastive.shards import ShardIndex, open_cache, open_index
-from contrastive.training import environment, list_checkpoints, read_metrics
+from contrastive.training import Trainer, append_metrics, environment, list_checkpoints, read_metrics
 
 # What a run writes; `--overwrite` deletes these and nothing else.
 WRITTEN = (
@@ -53,7 +53,8 @@ def pretrain(
         quiet: no progress.
 
     Returns:
-        the results, on the main process of a run that is complete; else None.
+        the results of a run that is complete (on the main process; the others get an empty dict), or None when it
+        was stopped early.
 
     Raises:
         UserError: anything in the recipe, the data or the run folder that the user can mend.
@@ -80,15 +81,14 @@ def pretrain(
     try:
         complete = trainer.fit(checkpoint, stop_after=stop_after)
         if not accelerator.is_main_process:
-            return None
+            return {} if complete else None
         two_tower: TwoTower = accelerator.unwrap_model(trainer.model).eval()
         save_model(two_tower, run_dir / "model")
         if not complete:
             if not quiet:
                 print(f"stopped at step {trainer.step}; `--resume` goes on from {run_dir / 'checkpoints'}")
             return None
-        results = evaluate(config, load(run_dir, device=accelerator.device), validation_index, trainer.seconds, quiet)
-        return results
+        return evaluate(config, load(run_dir, device=accelerator.device), validation_index, trainer, quiet)
     finally:
         accelerator.end_training()
 
@@ -157,7 +157,7 @@ def summary(config: Config, model: TwoTower, index: ShardIndex, accelerator: Acc
 
 
 def validation(index: ShardIndex | None) -> Callable[[Any], dict[str, float]] | None:
-    """The scalars that are logged during training: recall and zero-shot on the validation shards."""
+    """The shares that are logged during training: recall and zero-shot on the validation shards."""
     if index is None:
         return None
 
@@ -171,12 +171,12 @@ def evaluate(
     config: Config,
     model: TwoTower,
     validation_index: ShardIndex | None,
-    training_seconds: float,
+    trainer: Trainer,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the finished model as ``eval`` says; writes ``results.json`` and ``report.html``, prints the table."""
     run_dir = Path(config.run.dir)
-    results: dict[str, Any] = {"run": run_dir.name, "seconds": {"training": training_seconds}, "sets": {}}
+    results: dict[str, Any] = {"run": run_dir.name, "seconds": {"training": trainer.seconds}, "sets": {}}
     examples: dict[str, Examples] = {}
 
     def add(found: Evaluation) -> None:
@@ -186,7 +186,10 @@ def evaluate(
         examples[name] = found.examples
 
     if validation_index is not None:
-        add(evaluate_pairs(model, validation_index, name="validation", examples=8))
+        found = evaluate_pairs(model, validation_index, name="validation", examples=8)
+        add(found)
+        scalars = {f"validation/{key}": value for key, value in found.scalars().items()}
+        append_metrics(run_dir / "metrics.jsonl", trainer.step, scalars)
     for labelled in config.eval.labelled:
         add(
             evaluate_labelled(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 NAME = "train"
+STOPPED = 75  # sysexits.h EX_TEMPFAIL: stopped by a signal with a checkpoint; run again with --resume
 HELP = "pretrain a model from a recipe; also under accelerate launch and torchrun"
 
 
@@ -34,5 +35,5 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from contrastive.pretrain import pretrain
 
-    pretrain(config, resume=args.resume, overwrite=args.overwrite)
-    return 0
+    results = pretrain(config, resume=args.resume, overwrite=args.overwrite)
+    return STOPPED if results is None else 0

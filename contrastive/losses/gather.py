@@ -130,9 +130,7 @@ def gather_batch(
         ids_all = columns.pop(0) if ids is not None else None
         valid_all = columns.pop(0).bool() if valid is not None else None
     rank = dist.get_rank(group)
-    return GlobalBatch(
-        image, text, image_all, text_all, scale, bias, ids, ids_all, valid, valid_all, world, rank
-    )
+    return GlobalBatch(image, text, image_all, text_all, scale, bias, ids, ids_all, valid, valid_all, world, rank)
 
 
 def _check(
@@ -150,9 +148,7 @@ def _check(
             raise UserError(f"{name} of shape {tuple(value.shape)}: a loss takes a 0-d tensor")
     for name, value, dtype in (("ids", ids, torch.int64), ("valid", valid, torch.bool)):
         if value is not None and (value.shape != image.shape[:1] or value.dtype != dtype):
-            raise UserError(
-                f"{name} is {value.dtype} {tuple(value.shape)}: a loss takes {dtype} ({image.shape[0]},)"
-            )
+            raise UserError(f"{name} is {value.dtype} {tuple(value.shape)}: a loss takes {dtype} ({image.shape[0]},)")
 
 
 def check_same_caption(same_caption: str, choices: tuple[str, ...], ids: Tensor | None) -> None:
@@ -160,6 +156,4 @@ def check_same_caption(same_caption: str, choices: tuple[str, ...], ids: Tensor 
     if same_caption not in choices:
         raise UserError(f"same_caption {same_caption!r}: choose one of {', '.join(choices)}")
     if same_caption != "negative" and ids is None:
-        raise UserError(
-            f"same_caption {same_caption!r} needs the captions' ids: pass `ids`, or use 'negative'"
-        )
+        raise UserError(f"same_caption {same_caption!r} needs the captions' ids: pass `ids`, or use 'negative'")

@@ -35,13 +35,9 @@ class Augment:
 
     def __post_init__(self) -> None:
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
-            raise UserError(
-                f"augment.crop {list(self.crop)}: give two area shares, 0 < smallest <= largest <= 1"
-            )
+            raise UserError(f"augment.crop {list(self.crop)}: give two area shares, 0 < smallest <= largest <= 1")
         if self.ratio < 1:
-            raise UserError(
-                f"augment.ratio {self.ratio}: give the larger of width:height and its inverse, at least 1"
-            )
+            raise UserError(f"augment.ratio {self.ratio}: give the larger of width:height and its inverse, at least 1")
         if not 0 <= self.rotate <= 180:
             raise UserError(f"augment.rotate {self.rotate}: give degrees from 0 to 180")
         for name in ("flip", "color", "grayscale", "tint"):
@@ -49,9 +45,7 @@ class Augment:
                 raise UserError(f"augment.{name} {getattr(self, name)}: give a number from 0 to 1")
 
 
-def augment_image(
-    image: Image.Image, size: int, augment: Augment, u: Sequence[float], fill: int = 255
-) -> Image.Image:
+def augment_image(image: Image.Image, size: int, augment: Augment, u: Sequence[float], fill: int = 255) -> Image.Image:
     """A crop of an RGB image, resized to size × size and changed; u: DRAWS uniform numbers in [0, 1)."""
     image = _geometry(image, size, augment, u, fill)
     if u[5] < augment.flip:
@@ -64,9 +58,7 @@ def _geometry(image: Image.Image, size: int, augment: Augment, u: Sequence[float
     area = (augment.crop[0] + (augment.crop[1] - augment.crop[0]) * u[0]) * width * height
     aspect = augment.ratio ** (2 * u[1] - 1)
     crop_width, crop_height = math.sqrt(area * aspect), math.sqrt(area / aspect)
-    shrink = min(
-        1.0, width / crop_width, height / crop_height
-    )  # keeps the aspect where the crop would not fit
+    shrink = min(1.0, width / crop_width, height / crop_height)  # keeps the aspect where the crop would not fit
     crop_width, crop_height = crop_width * shrink, crop_height * shrink
     left, top = u[2] * (width - crop_width), u[3] * (height - crop_height)
     angle = math.radians(augment.rotate * (2 * u[4] - 1))
@@ -112,8 +104,6 @@ def _colors(image: Image.Image, augment: Augment, u: Sequence[float]) -> Image.I
     gain = brightness * contrast
     matrix: list[float] = []
     for channel in range(3):
-        row = [
-            gain * ((1 - saturation) * w + (saturation if i == channel else 0)) for i, w in enumerate(_LUMA)
-        ]
+        row = [gain * ((1 - saturation) * w + (saturation if i == channel else 0)) for i, w in enumerate(_LUMA)]
         matrix += [tint[channel] * v for v in (*row, offset)]
     return image.convert("RGB", tuple(matrix))

@@ -62,9 +62,7 @@ def _build(index: ShardIndex, path: Path) -> None:
                 )
             pixels[i] = image
         if pixels is None:
-            raise UserError(
-                f"{index.folder}: no image can be decoded ({', '.join(sorted(set(rejected.values())))})"
-            )
+            raise UserError(f"{index.folder}: no image can be decoded ({', '.join(sorted(set(rejected.values())))})")
         pixels.flush()  # type: ignore[attr-defined]
         sidecar = temporary.with_name(f"{temporary.name}.json")
         sidecar.write_text(json.dumps(rejected))

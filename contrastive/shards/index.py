@@ -90,9 +90,7 @@ class ShardIndex:
         try:
             value = json.loads(data)
         except ValueError:
-            raise UserError(
-                f"{self.shards[int(self._tables['shard'][i])]}: {self.key(i)}.json is no JSON"
-            ) from None
+            raise UserError(f"{self.shards[int(self._tables['shard'][i])]}: {self.key(i)}.json is no JSON") from None
         return value if isinstance(value, dict) else {}
 
     def _read(self, i: int, part: int) -> bytes:
@@ -137,9 +135,7 @@ def open_index(path: PathLike | Sequence[PathLike]) -> ShardIndex:
     index = ShardIndex(shards, tables)
     if not len(index):
         found = ", ".join(f"{count} with {reason}" for reason, count in index.rejected.items()) or "no member"
-        raise UserError(
-            f"{path}: no pair in {len(shards)} shards ({found}); a pair is key.jpg beside key.txt"
-        )
+        raise UserError(f"{path}: no pair in {len(shards)} shards ({found}); a pair is key.jpg beside key.txt")
     return index
 
 
@@ -156,14 +152,10 @@ def find_shards(path: PathLike | Sequence[PathLike]) -> list[Path]:
         if not found:
             raise UserError(f"{path}: no such file or folder")
     if not found:
-        raise UserError(
-            f"{path}: no .tar shard in this folder; make them with `contrastive shard SOURCE {path}`"
-        )
+        raise UserError(f"{path}: no .tar shard in this folder; make them with `contrastive shard SOURCE {path}`")
     for shard in found:
         if shard.suffix != ".tar":
-            raise UserError(
-                f"{shard}: not a .tar shard (compressed tars cannot be read by offset: unpack them first)"
-            )
+            raise UserError(f"{shard}: not a .tar shard (compressed tars cannot be read by offset: unpack them first)")
         if not shard.exists():
             raise UserError(f"{shard}: no such shard")
     return sorted(found)
@@ -230,9 +222,7 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, Member]]]:
         extension = extension.lower()
         kind = "image" if extension in IMAGE_EXTENSIONS else extension
         if kind in parts:
-            raise UserError(
-                f"{shard}: sample '{key}' has two members .{extension}; give every sample its own key"
-            )
+            raise UserError(f"{shard}: sample '{key}' has two members .{extension}; give every sample its own key")
         parts[kind] = member
     if parts:
         yield current, parts

@@ -177,6 +177,7 @@ def _unchanged(batch: Any) -> Any:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # the training step needs the cores
+    os.nice(5)  # and goes first: on few cores a step waits for its slowest thread, and prefetching hides ours
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
     # The main process decides how to end on Ctrl-C or a scheduler's signal, and may still want batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

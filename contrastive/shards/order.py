@@ -60,15 +60,11 @@ class Order:
                 max(start, epoch * self.size),
                 min(stop, (epoch + 1) * self.size),
             )
-            part = permutation(self.size, self.seed, epoch)[
-                first - epoch * self.size : last - epoch * self.size
-            ]
+            part = permutation(self.size, self.seed, epoch)[first - epoch * self.size : last - epoch * self.size]
             samples[first - start : last - start] = part
         return epochs, samples
 
-    def step(
-        self, step: int, global_batch: int, rank: int = 0, world: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, step: int, global_batch: int, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The epochs and the samples of a rank's slice of a step: two int64 (global_batch / world,)."""
         local = local_batch(global_batch, world)
         start = step * global_batch + rank * local

@@ -107,20 +107,14 @@ def _folder_files(folder: Path) -> list[Path]:
         tables = [p for p in top if _suffix_kind(p) == kind]
         if tables:
             return tables
-    raise UserError(
-        f"{folder}: no images, tables (.parquet, .csv, .tsv, .jsonl) or .tar shards in this folder"
-    )
+    raise UserError(f"{folder}: no images, tables (.parquet, .csv, .tsv, .jsonl) or .tar shards in this folder")
 
 
 def _kind(path: PathLike | Sequence[PathLike], files: list[Path]) -> str:
     kinds = {_suffix_kind(file) for file in files}
     if None in kinds:
         odd = next(file for file in files if _suffix_kind(file) is None)
-        raise UserError(
-            f"{odd}: unknown kind of file; known are .parquet, .csv, .tsv, .jsonl, .tar and images"
-        )
+        raise UserError(f"{odd}: unknown kind of file; known are .parquet, .csv, .tsv, .jsonl, .tar and images")
     if len(kinds) > 1:
-        raise UserError(
-            f"{path}: files of several kinds ({', '.join(sorted(map(str, kinds)))}); give one kind"
-        )
+        raise UserError(f"{path}: files of several kinds ({', '.join(sorted(map(str, kinds)))}); give one kind")
     return str(kinds.pop())

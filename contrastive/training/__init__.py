@@ -3,7 +3,7 @@
 from contrastive.training.checkpoint import list_checkpoints
 from contrastive.training.optimizer import adamw
 from contrastive.training.schedule import Duration, Schedule
-from contrastive.training.tracking import environment, read_metrics
+from contrastive.training.tracking import append_metrics, environment, read_metrics
 from contrastive.training.trainer import NonFiniteLoss, Trainer
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Schedule",
     "Trainer",
     "adamw",
+    "append_metrics",
     "environment",
     "list_checkpoints",
     "read_metrics",

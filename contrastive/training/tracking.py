@@ -58,12 +58,17 @@ class Tracker:
             self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One row; keys such as ``train/loss``. A value that is not finite is written as null: JSON has no NaN."""
+        """One row; keys such as ``train/loss``."""
         if self.accelerator.is_main_process:
-            row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_metrics(self.path, step, values)
         self.accelerator.log(values, step=step)
+
+
+def append_metrics(path: Path, step: int, values: dict[str, float]) -> None:
+    """Add a row to a ``metrics.jsonl``. A value that is not finite is written as null: JSON has no NaN."""
+    row = {"step": step, **{key: value if math.isfinite(value) else None for key, value in values.items()}}
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
+from contrastive.errors import UserError
 from contrastive.training.checkpoint import load_checkpoint, save_checkpoint
 from contrastive.training.progress import Progress
 from contrastive.training.schedule import Duration, Schedule
@@ -25,7 +26,7 @@ from contrastive.training.tracking import Tracker
 Validate = Callable[[Any], dict[str, float]]
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError):
     """The loss became infinite or not a number; the newest checkpoint is from before."""
 
 
@@ -38,7 +39,7 @@ class Trainer:
     Args:
         make_loader: ``start_step -> iterable of batches``; batches are a pure function of the step.
         identity: what a checkpoint must have in common with this run to be resumed (JSON).
-        validate: ``two-tower model -> {name: value}``, called on the main process every `validate_every` (a number of
+        validate: ``two-tower model -> {name: share of 1}``, called on the main process every `validate_every` (a number of
             steps, or a share of the run between 0 and 1; None for never).
     """
 
@@ -172,7 +173,7 @@ class Trainer:
                 two_tower.train()
             tracker.log(self.step, {f"validation/{key}": value for key, value in values.items()})
             progress.write(
-                f"validation at step {self.step}: " + " · ".join(f"{key} {value:.4g}" for key, value in values.items())
+                f"validation at step {self.step}: " + " · ".join(f"{key} {value:.1%}" for key, value in values.items())
             )
         self.accelerator.wait_for_everyone()
 
