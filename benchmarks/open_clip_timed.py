@@ -38,9 +38,7 @@ def validation_pairs(folder: str | Path) -> tuple[list[Any], list[str]]:
             members = {member.name: member for member in tar}
             for name in sorted(members):
                 if name.endswith(".webp"):
-                    images.append(
-                        Image.open(io.BytesIO(tar.extractfile(members[name]).read())).convert("RGB")
-                    )
+                    images.append(Image.open(io.BytesIO(tar.extractfile(members[name]).read())).convert("RGB"))
                     text = members[name.removesuffix(".webp") + ".txt"]
                     captions.append(tar.extractfile(text).read().decode().strip())
     return images, captions

@@ -133,7 +133,7 @@ def our_towers() -> tuple[dict[str, Any], list[str]]:
         lost.append(f"augmentation by {', '.join(changed)}")
     if config.data.caption_variants:
         lost.append("further captions of a sample (data.caption_variants)")
-    if config.data.cache:
+    if config.data.cache == "pixels":
         lost.append("pixels decoded once (data.cache)")
     trained = tokenizer.kind == "trained"
     if trained and tokenizer.vocab_size != SMALL_VOCABULARY:
@@ -321,9 +321,7 @@ def train_pairs() -> int:
 
 
 def machine() -> dict[str, Any]:
-    names = [
-        line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
-    ]
+    names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import nn
 
 from contrastive.config import (
@@ -35,8 +37,16 @@ from contrastive.models import (
     open_clip_model,
     train_tokenizer,
 )
-from contrastive.shards import Augment, PairLoader, ShardIndex
+from contrastive.shards import Augment, FeatureLoader, PairLoader, ShardIndex
 from contrastive.training import Duration, Schedule, Trainer, adamw
+
+
+class FrozenFeatures(NamedTuple):
+    """What `FeatureLoader` takes: rows as in the index, see there."""
+
+    image: NDArray[np.float32]
+    text: NDArray[np.float32]
+    valid: NDArray[np.bool_]
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -57,6 +67,8 @@ def build_accelerator(config: Config) -> Accelerator:
 
     try:
         return Accelerator(
+            # Without this, accelerate takes the ranks of a launcher on a machine without GPUs for lone processes.
+            cpu=on_cpu,
             mixed_precision="no" if precision == "fp32" else precision,
             log_with=list(config.track.trackers) or None,
             project_dir=config.run.dir,
@@ -197,10 +209,14 @@ def build_trainer(
     model: TwoTower,
     index: ShardIndex,
     *,
+    features: FrozenFeatures | None = None,
     validate: Callable[[Any], dict[str, float]] | None = None,
     quiet: bool = False,
 ) -> Trainer:
     """The trainer of a recipe over the shards of `index`.
+
+    Args:
+        features: of all samples of `index`, where ``data.cache`` asks for them.
 
     Raises:
         UserError: the global batch does not divide by the number of processes, or is larger than the data set.
@@ -211,20 +227,20 @@ def build_trainer(
     duration = total_steps(config, len(index))
     model.to(accelerator.device)
 
-    def make_loader(start_step: int) -> PairLoader:
+    def make_loader(start_step: int) -> PairLoader | FeatureLoader:
+        place: dict[str, int] = {"global_batch": batch, "rank": accelerator.process_index, "world": world}
+        place |= {"seed": config.run.seed, "start_step": start_step}
+        if features is not None:
+            return FeatureLoader(index, *features, **place)
         return PairLoader(
             index,
             tokenize=model.tokenize,
             image_size=model.image_size,
             augment=build_augment(config),
-            global_batch=batch,
-            rank=accelerator.process_index,
-            world=world,
-            seed=config.run.seed,
             workers=config.data.workers,
-            start_step=start_step,
             caption_variants=config.data.caption_variants,
-            cache=config.data.cache,
+            cache=config.data.cache == "pixels",
+            **place,
         )
 
     make_loader(0)  # a batch that does not divide, or a cache that cannot be built, is told before the first step

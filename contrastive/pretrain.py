@@ -12,14 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
-from contrastive.build import build_accelerator, build_model, build_trainer
+from contrastive.build import FrozenFeatures, build_accelerator, build_model, build_trainer
 from contrastive.config import Config, PairModelConfig, TrainedTokenizerConfig, dump_yaml
 from contrastive.errors import UserError
 from contrastive.evaluation import (
     Evaluation,
     Examples,
+    embed,
     evaluate_labelled,
     evaluate_pairs,
     format_results_table,
@@ -65,7 +67,7 @@ def pretrain(
     with accelerator.main_process_first():  # one process builds the index, the others read it
         train_index = open_index(config.data.train)
         validation_index = open_index(config.data.validation) if config.data.validation else None
-        if config.data.cache:
+        if config.data.cache == "pixels":
             open_cache(train_index)
     config = settle_tokenizer(config, accelerator, train_index, run_dir)
     model = build_model(config)
@@ -75,7 +77,15 @@ def pretrain(
         if not quiet:
             print(summary(config, model, train_index, accelerator), flush=True)
 
-    trainer = build_trainer(config, accelerator, model, train_index, validate=validation(validation_index), quiet=quiet)
+    trainer = build_trainer(
+        config,
+        accelerator,
+        model,
+        train_index,
+        features=frozen_features(model, train_index, accelerator) if config.data.cache == "features" else None,
+        validate=validation(validation_index),
+        quiet=quiet,
+    )
     if config.track.trackers:
         accelerator.init_trackers(run_dir.name if "tensorboard" not in config.track.trackers else "tensorboard")
     try:
@@ -154,6 +164,18 @@ def summary(config: Config, model: TwoTower, index: ShardIndex, accelerator: Acc
         f"run     {config.run.dir} on {accelerator.device}, precision {accelerator.mixed_precision}, "
         f"loss {config.loss.kind}"
     )
+
+
+def frozen_features(model: TwoTower, index: ShardIndex, accelerator: Accelerator) -> FrozenFeatures:
+    """Run both locked trunks once over the data set; every process does it for itself."""
+    accelerator.print(f"running the locked towers once over {len(index):,} pairs", flush=True)
+    found = embed(model.to(accelerator.device), index, features="tower")
+    assert found.text is not None, "the index holds no sample without a caption"
+    valid = np.array([index.key(i) not in found.failures for i in range(len(index))])
+    assert valid.sum() == len(found.keys)
+    image, text = (np.zeros((len(index), part.shape[1]), np.float32) for part in (found.image, found.text))
+    image[valid], text[valid] = found.image, found.text
+    return FrozenFeatures(image, text, valid)
 
 
 def validation(index: ShardIndex | None) -> Callable[[Any], dict[str, float]] | None:

@@ -103,7 +103,7 @@ model:
   dim: 256
   logit_scale: {init: 14.2857, max: 100.0, learned: true}
   logit_bias: -10
-data: {train: a, validation: b, workers: 1, cache: false, caption_variants: 0.5, augment: {crop: [0.5, 1.0],
+data: {train: a, validation: b, workers: 1, cache: none, caption_variants: 0.5, augment: {crop: [0.5, 1.0],
        ratio: 1.3333, flip: 0.5, rotate: 10, color: 0.1, grayscale: 0.1, tint: 0.1}}
 loss: {kind: margin, margin: 0.3, hardest: true, same_caption: negative}
 optim: {lr: 1.0e-3, weight_decay: 0.1, betas: [0.9, 0.98], eps: 1.0e-8, warmup: 5%, schedule: constant,
@@ -231,7 +231,7 @@ def test_a_dumped_recipe_is_plain_yaml_to_others(recipe):
         ("optim.lr=.nan", "optim.lr: expected a finite number (value NaN)"),
         ("run.seed=true", "run.seed: expected a whole number (value true)"),
         ("run.seed=1.5", "run.seed: expected a whole number (value 1.5)"),
-        ("data.cache=1", "data.cache: expected true or false (value 1)"),
+        ("checkpoint.keep=true", "checkpoint.keep: expected a whole number (value true)"),
         ("data.train=3", "data.train: expected text (in quotes if it looks like something else) (value 3)"),
         ("data.train=''", 'data.train: expected text that is not empty (value "")'),
         ("checkpoint.every=x", 'checkpoint.every: expected a whole number or null (value "x")'),

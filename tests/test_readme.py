@@ -42,7 +42,8 @@ def laid_out(tmp_path_factory) -> Path:
         table = parquet.read_table(ROOT / "data" / "fashion-mnist" / f"{split}.parquet")
         parquet.write_table(table.slice(0, 300), fashion / f"{split}.parquet")
     pairs = parquet.read_table(ROOT / "data" / "pictograms" / "val.parquet")
-    parquet.write_table(pairs.slice(0, 20), folder / "my-pairs.parquet")
+    for number, name in enumerate(("my-pairs", "my-held-out")):
+        parquet.write_table(pairs.slice(20 * number, 20), folder / f"{name}.parquet")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     return folder
 

@@ -21,6 +21,7 @@ def impossible_combinations(config: Config) -> Iterator[Problem]:
         yield from _towers(config)
     yield from _scale(config)
     yield from _augmentation(config)
+    yield from _cached_features(config)
     yield from _evaluation(config)
 
 
@@ -67,6 +68,22 @@ def _augmentation(config: Config) -> Iterator[Problem]:
     if not 0 < low <= high:
         line = f"data.augment.crop: expected [from, to] with 0 < from <= to <= 1 (value [{low:g}, {high:g}])"
         yield ("data.augment.crop",), line
+
+
+def _cached_features(config: Config) -> Iterator[Problem]:
+    if config.data.cache != "features":
+        return
+    if not (config.model.image.locked and config.model.text.locked):
+        line = "data.cache: features needs model.image.locked and model.text.locked true; "
+        line += "lock both, or use pixels"
+        yield ("data.cache", "model.image.locked", "model.text.locked"), line
+    augment = config.data.augment
+    still = augment.crop == (1.0, 1.0) and augment.ratio == 1.0
+    still = still and not any((augment.flip, augment.rotate, augment.color, augment.grayscale, augment.tint))
+    if not still or config.data.caption_variants:
+        line = "data.cache: features needs images and captions that stay the same; "
+        line += "use data.augment {crop: [1, 1], ratio: 1} and data.caption_variants 0"
+        yield ("data.cache", "data.augment", "data.caption_variants"), line
 
 
 def _evaluation(config: Config) -> Iterator[Problem]:

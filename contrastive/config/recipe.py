@@ -209,7 +209,11 @@ class DataConfig(Block):
     train: str = Field(min_length=1, description="the folder of the training shards")
     validation: str | None = Field(None, description="the folder of the validation shards")
     workers: int = Field(1, ge=0, description="loader processes per training process")
-    cache: bool = Field(False, description="keep decoded images beside the shards (all of one size only)")
+    cache: Literal["none", "pixels", "features"] = Field(
+        "none",
+        description="pixels: decode every image once, beside the shards (images of one size only); "
+        "features: run the towers once (both locked, no augmentation)",
+    )
     caption_variants: Share = Field(0.0, description="probability of drawing one of a sample's further captions")
     augment: AugmentConfig = AugmentConfig()
 

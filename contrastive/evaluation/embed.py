@@ -80,7 +80,7 @@ def embed(
         source: anything that `contrastive.shards.open_source` takes, a `Source`, a `ShardIndex`, or a list of
             PIL images and paths.
         features: "projected" (normalised, comparable with texts) or "tower" (before the projection, for
-        probes). workers: threads that decode ahead; 0 decodes in between.
+        probes, of the text tower too). workers: threads that decode ahead; 0 decodes in between.
         text: embed the captions too, if every image has one.
         invert: turn the images into their negatives first (a white drawing on black becomes black on white).
         dtype: see `inference`.
@@ -105,7 +105,7 @@ def embed(
     labels = [record.label for record in found.records]
     embedded = None
     if text and all(captions):
-        embedded = embed_texts(model, captions, batch_size=batch_size, dtype=dtype)
+        embedded = embed_texts(model, captions, batch_size=batch_size, features=features, dtype=dtype)
     return Embeddings(
         image=found.features["image"],
         text=embedded,
@@ -117,9 +117,14 @@ def embed(
 
 
 def embed_texts(
-    model: Model, texts: Sequence[str], *, batch_size: int = 256, dtype: torch.dtype | None = None
+    model: Model,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 256,
+    features: str = "projected",
+    dtype: torch.dtype | None = None,
 ) -> NDArray[np.float32]:
-    """Normalised embeddings of texts, float32 (len(texts), D).
+    """Embeddings of texts, float32 (len(texts), D): normalised, or with "tower" the features before the projection.
 
     Each distinct text is encoded once. Texts of like length share a batch, since a batch is as wide as its
     longest.
@@ -127,11 +132,12 @@ def embed_texts(
     # Most words first: if memory is too small, it shows at once.
     distinct = sorted(set(texts), key=lambda text: (len(text.split()), len(text), text), reverse=True)
     row = {text: index for index, text in enumerate(distinct)}
+    encode = model.encode_text if features == "projected" else model.text_features
     blocks = []
     with inference(model, dtype):
         for start in range(0, len(distinct), batch_size):
             tokens = model.tokenize(distinct[start : start + batch_size]).to(model.device)
-            blocks.append(model.encode_text(tokens).float().cpu().numpy())
+            blocks.append(encode(tokens).float().cpu().numpy())
     encoded: NDArray[np.float32] = np.concatenate(blocks)
     return encoded[[row[text] for text in texts]]
 

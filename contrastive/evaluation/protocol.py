@@ -28,6 +28,7 @@ class Model(Protocol):
     def encode_image(self, pixels: Tensor) -> Tensor: ...  # uint8 (N, 3, H, W) -> (N, D), normalised
     def encode_text(self, tokens: Tensor) -> Tensor: ...  # int64 (N, L) -> (N, D), normalised
     def image_features(self, pixels: Tensor) -> Tensor: ...  # uint8 (N, 3, H, W) -> (N, F)
+    def text_features(self, tokens: Tensor) -> Tensor: ...  # int64 (N, L) -> (N, E)
     def preprocess(self, image: Image.Image) -> Tensor: ...  # -> uint8 (3, H, W)
     def tokenize(self, texts: Sequence[str]) -> Tensor: ...  # -> int64 (N, L)
     def modules(self) -> Any: ...

@@ -75,21 +75,25 @@ class OpenClipTextTower(nn.Module):
             and getattr(self.model, "cls_emb", None) is None
         )
 
-    def forward(self, tokens_NL: Tensor) -> Tensor:
+    def features(self, tokens_NL: Tensor) -> Tensor:
+        """Of towers whose text is cut, the features before the projection; of the others, behind it."""
         if not self.cuts_text:
             output = self.model(tokens_NL)
-            features: Tensor = output[0] if isinstance(output, tuple) else output
-            return features
+            whole: Tensor = output[0] if isinstance(output, tuple) else output
+            return whole
         model, length = self.model, tokens_NL.shape[1]
         x_NLE = model.token_embedding(tokens_NL) + model.positional_embedding[:length]
         x_NLE = model.transformer(x_NLE, attn_mask=model.attn_mask[:length, :length])
-        pooled = text_global_pool(model.ln_final(x_NLE), tokens_NL, self.pool)
-        if model.text_projection is None:
-            return pooled
-        if isinstance(model.text_projection, nn.Linear):
-            projected: Tensor = model.text_projection(pooled)
+        pooled: Tensor = text_global_pool(model.ln_final(x_NLE), tokens_NL, self.pool)
+        return pooled
+
+    def project(self, features_NE: Tensor) -> Tensor:
+        if not self.cuts_text or self.model.text_projection is None:
+            return features_NE
+        if isinstance(self.model.text_projection, nn.Linear):
+            projected: Tensor = self.model.text_projection(features_NE)
             return projected
-        return pooled @ model.text_projection
+        return features_NE @ self.model.text_projection
 
     def checkpoint_gradients(self) -> None:
         self.model.transformer.grad_checkpointing = True

@@ -1,6 +1,7 @@
 """Text towers. Legend: N captions, L tokens (the longest of the call), E = ``width``, D = joint ``dim``.
 
-A tower is called with token ids ``(N, L)`` and returns ``(N, D)``, not yet normalised. ``cuts_text`` says whether the
+A tower offers ``features(tokens_NL) -> (N, E)`` and ``project(features_NE) -> (N, D)``, as image towers do, and is not
+asked for more; what it returns is not yet normalised. ``cuts_text`` says whether the
 result is the same for captions cut to the longest of the batch as for captions padded to the full context; towers for
 which it is false are given the full context by the model.
 """
@@ -23,13 +24,21 @@ class TextTower(Protocol):
 
     cuts_text: bool
 
-    def __call__(self, tokens: Tensor) -> Tensor: ...
+    def features(self, tokens: Tensor) -> Tensor: ...
+
+    def project(self, features: Tensor) -> Tensor: ...
 
     def checkpoint_gradients(self) -> None: ...
 
     def description(self) -> dict[str, Any]:
         """The arguments that build the tower again, weights aside, as JSON."""
         ...
+
+
+def mean_of_real(x_NLE: Tensor, real_NL: Tensor) -> Tensor:
+    """Average over the tokens that are no padding, ``(N, E)``; zero where a caption has none."""
+    weight_NL1 = real_NL.unsqueeze(-1).to(x_NLE.dtype)
+    return (x_NLE * weight_NL1).sum(1) / weight_NL1.sum(1).clamp(min=1)
 
 
 class Block(nn.Module):
@@ -107,7 +116,7 @@ class TransformerTextTower(nn.Module):
         self.drop = nn.Dropout(dropout)
         nn.init.normal_(self.embedding.weight, std=0.02 if depth else 0.1)
 
-    def forward(self, tokens_NL: Tensor) -> Tensor:
+    def features(self, tokens_NL: Tensor) -> Tensor:
         real_NL = tokens_NL != self.pad_id
         x_NLE = self.embedding(tokens_NL)
         if self.position is not None:
@@ -123,11 +132,11 @@ class TransformerTextTower(nn.Module):
         x_NLE = self.norm(x_NLE)
         if self.pool == "end":
             last_N = real_NL.sum(1).clamp(min=1) - 1
-            pooled_NE = x_NLE[torch.arange(len(x_NLE), device=x_NLE.device), last_N]
-        else:
-            weight_NL1 = real_NL.unsqueeze(-1).to(x_NLE.dtype)
-            pooled_NE = (x_NLE * weight_NL1).sum(1) / weight_NL1.sum(1).clamp(min=1)
-        projected: Tensor = self.projection(pooled_NE)
+            return x_NLE[torch.arange(len(x_NLE), device=x_NLE.device), last_N]
+        return mean_of_real(x_NLE, real_NL)
+
+    def project(self, features_NE: Tensor) -> Tensor:
+        projected: Tensor = self.projection(features_NE)
         return projected
 
     def _mask(self, real_NL: Tensor) -> Tensor:
@@ -182,15 +191,13 @@ class HuggingFaceTextTower(nn.Module):
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None
 
-    def forward(self, tokens_NL: Tensor) -> Tensor:
-        mask_NL = (tokens_NL != self.pad_id).long()
-        hidden_NLE = self.encoder(input_ids=tokens_NL, attention_mask=mask_NL).last_hidden_state
-        if self.pool == "cls":
-            pooled_NE = hidden_NLE[:, 0]
-        else:
-            weight_NL1 = mask_NL.unsqueeze(-1).to(hidden_NLE.dtype)
-            pooled_NE = (hidden_NLE * weight_NL1).sum(1) / weight_NL1.sum(1).clamp(min=1)
-        projected: Tensor = self.projection(pooled_NE)
+    def features(self, tokens_NL: Tensor) -> Tensor:
+        real_NL = tokens_NL != self.pad_id
+        hidden_NLE: Tensor = self.encoder(input_ids=tokens_NL, attention_mask=real_NL.long()).last_hidden_state
+        return hidden_NLE[:, 0] if self.pool == "cls" else mean_of_real(hidden_NLE, real_NL)
+
+    def project(self, features_NE: Tensor) -> Tensor:
+        projected: Tensor = self.projection(features_NE)
         return projected
 
     def checkpoint_gradients(self) -> None:

@@ -89,15 +89,27 @@ class TwoTower(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """L2-normalised embeddings ``(N, D)``, float32, of token ids ``(N, L)``."""
-        return F.normalize(self.text(tokens).float(), dim=-1)
+        return F.normalize(self.text.project(self.text_features(tokens)).float(), dim=-1)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Features before the projection ``(N, F)``, what a linear probe reads."""
+        """Features before the projection ``(N, F)``, what a linear probe reads.
+
+        What is given as ``(N, F)`` is taken for such features: so a locked trunk need not run twice on an image.
+        """
+        if pixels.ndim == 2:
+            return pixels
         if pixels.dtype == torch.uint8:
             pixels = (pixels.float() - self.pixel_mean) / self.pixel_std
         if self.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         features: Tensor = self.image.features(pixels)
+        return features
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """Features of captions before the projection ``(N, E)``; floats ``(N, E)`` are taken for such features."""
+        if tokens.is_floating_point():
+            return tokens
+        features: Tensor = self.text.features(tokens)
         return features
 
     # ---- training it

@@ -4,6 +4,7 @@ from contrastive.shards.augment import Augment, augment_image
 from contrastive.shards.batch import Batch
 from contrastive.shards.cache import open_cache
 from contrastive.shards.decode import decode_image, resize_square
+from contrastive.shards.features import FeatureLoader
 from contrastive.shards.index import ShardIndex, caption_id, open_index
 from contrastive.shards.loader import PairLoader
 from contrastive.shards.record import Record, Rejected, Source, image_extension
@@ -13,6 +14,7 @@ from contrastive.shards.write import Manifest, write_shards
 __all__ = [
     "Augment",
     "Batch",
+    "FeatureLoader",
     "Manifest",
     "PairLoader",
     "Record",

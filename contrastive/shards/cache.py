@@ -58,7 +58,7 @@ def _build(index: ShardIndex, path: Path) -> None:
             if image.shape != pixels.shape[1:]:
                 first, other = (f"{s[1]}x{s[0]}" for s in (pixels.shape[1:], image.shape))
                 raise UserError(
-                    f"data.cache: images differ in size ({first}, {other} at {index.key(i)}); set it to false"
+                    f"data.cache: images differ in size ({first}, {other} at {index.key(i)}); set it to none"
                 )
             pixels[i] = image
         if pixels is None:
@@ -69,7 +69,7 @@ def _build(index: ShardIndex, path: Path) -> None:
         os.replace(sidecar, _sidecar(path))
         os.replace(temporary, path)  # last: its presence says that the cache is whole
     except OSError as fault:
-        raise UserError(f"data.cache: cannot write {path} ({fault.strerror}); set it to false") from fault
+        raise UserError(f"data.cache: cannot write {path} ({fault.strerror}); set it to none") from fault
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -39,8 +39,8 @@ class Trainer:
     Args:
         make_loader: ``start_step -> iterable of batches``; batches are a pure function of the step.
         identity: what a checkpoint must have in common with this run to be resumed (JSON).
-        validate: ``two-tower model -> {name: share of 1}``, called on the main process every `validate_every` (a number of
-            steps, or a share of the run between 0 and 1; None for never).
+        validate: ``two-tower model -> {name: share of 1}``, called on the main process every `validate_every` (a
+            number of steps, or a share of the run between 0 and 1; None for never).
     """
 
     def __init__(

@@ -92,8 +92,9 @@ def test_a_loss_that_is_no_number_stops_the_run(recipe, capsys):
 
 @pytest.mark.parametrize("launcher", [
     ["torch.distributed.run", "--nproc-per-node", "2"],
-    ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-     "--dynamo_backend", "no"],
+    # without a GPU the flag means: start the ranks
+    ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+     "--mixed_precision", "no", "--dynamo_backend", "no"],
 ])  # fmt: skip
 def test_a_launcher_runs_the_same_command(recipe, tmp_path, launcher):
     # a free port, since several test processes may launch at once

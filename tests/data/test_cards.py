@@ -15,9 +15,7 @@ DATA = Path(__file__).parents[2] / "data"
 def test_the_counts_of_the_pictograms_card_are_those_of_the_tables() -> None:
     card = (DATA / "pictograms" / "README.md").read_text()
     stated = {}
-    for source, train, val in re.findall(
-        r"^\| `([\w-]+)` \|.*\| ([\d,]*) ?\| ?([\d,]*) ?\|$", card, re.MULTILINE
-    ):
+    for source, train, val in re.findall(r"^\| `([\w-]+)` \|.*\| ([\d,]*) ?\| ?([\d,]*) ?\|$", card, re.MULTILINE):
         stated[source] = int((train or val).replace(",", ""))
     found: Counter[str] = Counter()
     for split in ("train", "val"):
@@ -27,8 +25,7 @@ def test_the_counts_of_the_pictograms_card_are_those_of_the_tables() -> None:
 
 def test_no_style_of_the_validation_split_is_in_train() -> None:
     train, val = (
-        set(pq.read_table(DATA / "pictograms" / f"{s}.parquet")["source"].to_pylist())
-        for s in ("train", "val")
+        set(pq.read_table(DATA / "pictograms" / f"{s}.parquet")["source"].to_pylist()) for s in ("train", "val")
     )
     assert val == {"twemoji"}
     assert not train & val
@@ -39,15 +36,11 @@ def test_the_counts_of_the_fashion_mnist_card_are_those_of_the_tables() -> None:
     rows = re.findall(r"^\| \d \| ([\w -]+) \| ([\d,]+) \| ([\d,]+) \|$", card, re.MULTILINE)
     for column, split in enumerate(("train", "test"), 1):
         stated = {row[0]: int(row[column].replace(",", "")) for row in rows}
-        assert stated == Counter(
-            pq.read_table(DATA / "fashion-mnist" / f"{split}.parquet")["label_name"].to_pylist()
-        )
+        assert stated == Counter(pq.read_table(DATA / "fashion-mnist" / f"{split}.parquet")["label_name"].to_pylist())
 
 
 @pytest.mark.parametrize(("name", "split"), [("pictograms", "val"), ("fashion-mnist", "test")])
-def test_prepare_makes_shards_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, split: str
-) -> None:
+def test_prepare_makes_shards_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, split: str) -> None:
     shutil.copy(DATA / name / "prepare.py", tmp_path)
     for table in (DATA / name).glob("*.parquet"):
         pq.write_table(pq.read_table(table).slice(0, 20), tmp_path / table.name)

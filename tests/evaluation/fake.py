@@ -45,6 +45,9 @@ class ColourModel(nn.Module):
     def image_features(self, pixels: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(pixels.float() / 255, 4).flatten(1)
 
+    def text_features(self, tokens: Tensor) -> Tensor:
+        return F.one_hot(tokens, 16).float().mean(dim=1)
+
     def encode_text(self, tokens: Tensor) -> Tensor:
         self.widths.append(tokens.shape[1])
         table = torch.tensor([[127.5] * 3, *COLOURS.values()]) / 255 - 0.5

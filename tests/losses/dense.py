@@ -60,9 +60,7 @@ def features(seed: int, rows: int, dim: int, dtype: torch.dtype = torch.float64)
 
 def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
     found = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
-    return [
-        torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)
-    ]
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

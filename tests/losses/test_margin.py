@@ -32,8 +32,7 @@ def test_sum_is_that_of_pytorch_metric_learning_divided_by_the_batch() -> None:
     labels = torch.arange(19)
     # ref_labels as a separate tensor: given the same object, the library drops the diagonal positives
     oracle = sum(
-        triplet_loss()(a, labels, ref_emb=b, ref_labels=labels.clone())
-        for a, b in ((image, text), (text, image))
+        triplet_loss()(a, labels, ref_emb=b, ref_labels=labels.clone()) for a, b in ((image, text), (text, image))
     )
     loss = margin(image, text, ONE)["loss"]
     assert relative_error(loss * 19, oracle) < 1e-12

@@ -7,6 +7,11 @@ import torch
 from contrastive.errors import UserError
 from contrastive.models import HuggingFaceTextTower, TimmImageTower, TransformerTextTower
 
+
+def run(tower, tokens):
+    return tower.project(tower.features(tokens))
+
+
 SMALL = {"channels": (8, 8, 16, 16), "layers": (1, 1, 1, 1)}
 
 
@@ -21,28 +26,28 @@ def test_padding_does_not_change_a_caption(options):
     tower = TransformerTextTower(vocab_size=50, dim=8, context=12, width=16, heads=2, **options).eval()
     short = torch.tensor([[5, 6, 7, 2], [9, 2, 0, 0]])
     padded = torch.nn.functional.pad(short, (0, 8))
-    torch.testing.assert_close(tower(short), tower(padded), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(tower(short)[1:], tower(short[1:, :2]), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(run(tower, short), run(tower, padded), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(run(tower, short)[1:], run(tower, short[1:, :2]), atol=1e-6, rtol=1e-6)
 
 
 def test_depth_zero_is_the_average_of_word_embeddings():
     tower = TransformerTextTower(vocab_size=50, dim=8, context=12, width=16, depth=0)
     words = torch.tensor([[5, 6, 0]])
     expected = tower.embedding.weight[[5, 6]].mean(0) @ tower.projection.weight.T
-    torch.testing.assert_close(tower(words)[0], expected)
+    torch.testing.assert_close(run(tower, words)[0], expected)
 
 
 def test_an_empty_caption_is_finite():
     for depth in (0, 1):
         tower = TransformerTextTower(vocab_size=50, dim=8, context=12, width=16, heads=2, depth=depth)
-        assert tower(torch.zeros(2, 3, dtype=torch.int64)).isfinite().all()
+        assert run(tower, torch.zeros(2, 3, dtype=torch.int64)).isfinite().all()
 
 
 def test_end_pooling_reads_the_last_real_token():
     torch.manual_seed(0)
     tower = TransformerTextTower(50, 8, 12, width=16, heads=2, depth=1, pool="end", causal=True).eval()
-    before = tower(torch.tensor([[5, 6, 2, 0]]))
-    assert not torch.allclose(before, tower(torch.tensor([[5, 6, 3, 0]])))
+    before = run(tower, torch.tensor([[5, 6, 2, 0]]))
+    assert not torch.allclose(before, run(tower, torch.tensor([[5, 6, 3, 0]])))
 
 
 def test_a_hugging_face_tower_ignores_padding():
@@ -51,7 +56,7 @@ def test_a_hugging_face_tower_ignores_padding():
     tower = HuggingFaceTextTower(config, dim=8).eval()
     short = torch.tensor([[5, 6, 7], [9, 2, 0]])
     padded = torch.nn.functional.pad(short, (0, 5))
-    torch.testing.assert_close(tower(short), tower(padded), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(run(tower, short), run(tower, padded), atol=1e-6, rtol=1e-6)
     assert all(parameter.requires_grad for parameter in tower.parameters())
 
 

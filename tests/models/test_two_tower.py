@@ -32,6 +32,13 @@ def test_preprocess_resizes_the_short_side_and_crops_the_centre(make_model):
     assert (make_model().preprocess(image)[2] == 255).all()  # the blue centre, nothing of the red sides
 
 
+def test_features_that_were_computed_before_are_taken_as_they_are(make_model, pixels):
+    model = make_model().eval()
+    tokens = model.tokenize(CAPTIONS)
+    whole, kept = model(pixels, tokens), model(model.image_features(pixels), model.text_features(tokens))
+    assert torch.equal(whole["image"], kept["image"]) and torch.equal(whole["text"], kept["text"])
+
+
 def test_the_scale_stays_under_its_cap(make_model):
     model = make_model(scale_max=20.0)
     model.logit_scale.data.fill_(9.0)

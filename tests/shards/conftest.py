@@ -17,9 +17,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def encoded(
-    number: int = 0, size: tuple[int, int] = (20, 16), format: str = "PNG", **options: object
-) -> bytes:
+def encoded(number: int = 0, size: tuple[int, int] = (20, 16), format: str = "PNG", **options: object) -> bytes:
     """An image of noise that differs by number."""
     pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()

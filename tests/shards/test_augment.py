@@ -98,9 +98,7 @@ def test_a_rotated_large_image_is_antialiased() -> None:
 @settings(max_examples=40, deadline=None)
 @given(u=st.lists(st.floats(0, 1, exclude_max=True), min_size=DRAWS, max_size=DRAWS))
 def test_colors_are_those_of_step_by_step_arithmetic(u: list[float]) -> None:
-    image = Image.fromarray(
-        np.asarray(noise(10, 10)) // 4 + 90
-    )  # far from black and white: nothing is clipped
+    image = Image.fromarray(np.asarray(noise(10, 10)) // 4 + 90)  # far from black and white: nothing is clipped
     strength = 0.2
     x = np.asarray(image).astype(float)
     luma = np.array([0.299, 0.587, 0.114])
@@ -113,9 +111,7 @@ def test_colors_are_those_of_step_by_step_arithmetic(u: list[float]) -> None:
         x = np.repeat((x @ luma)[..., None], 3, axis=2)
     if u[10] < 0.5:
         x = x * [1 - u[10], 1 - u[11] / 2, 1 - u[12] / 2]
-    result = np.asarray(
-        augment_image(image, 10, Augment(ratio=1, color=strength, grayscale=0.5, tint=0.5), u)
-    )
+    result = np.asarray(augment_image(image, 10, Augment(ratio=1, color=strength, grayscale=0.5, tint=0.5), u))
     assert abs(result - x).max() < 1.2  # half a step of rounding, and the rounded mean
 
 

@@ -88,9 +88,7 @@ def test_a_large_image_is_rejected_from_its_header(side: int) -> None:
 def test_the_evaluation_transform_is_torchvisions(size: tuple[int, int]) -> None:
     transforms = pytest.importorskip("torchvision.transforms")
     image = Image.open(io.BytesIO(encoded(1, (8, 8)))).resize(size, Image.Resampling.BICUBIC)
-    peer = transforms.Compose(
-        [transforms.Resize(30, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(30)]
-    )
+    peer = transforms.Compose([transforms.Resize(30, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(30)])
     ours = resize_square(image, 30)
     assert (ours.shape, ours.dtype) == ((3, 30, 30), np.uint8)
     assert abs(ours.transpose(1, 2, 0).astype(int) - np.asarray(peer(image))).max() <= 1

@@ -40,9 +40,7 @@ def test_ids_are_equal_where_captions_differ_in_case_and_space_only(shards: Shar
     assert index.ids[3] == index.ids[4]
 
 
-def test_the_index_is_saved_and_read_back(
-    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_index_is_saved_and_read_back(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = shards(records(6))
     assert (tmp_path / "shards" / "index.npz").exists()
     monkeypatch.setattr("contrastive.shards.index._scan", lambda shards: pytest.fail("scanned again"))
@@ -65,9 +63,7 @@ def test_a_damaged_saved_index_is_built_again(shards: Shards, tmp_path: Path) ->
     assert open_index(tmp_path / "shards").fingerprint == index.fingerprint
 
 
-def test_a_folder_that_cannot_be_written_is_indexed_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_written_is_indexed_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(records(3), tmp_path / "a")
 
     def refuse(*arguments: object) -> None:

@@ -35,9 +35,7 @@ def load(index: ShardIndex, **options: Any) -> list[Batch]:
 
 def joined(batches: list[Batch]) -> dict[str, Any]:
     """One dictionary that two equal streams share."""
-    tensors = {
-        name: torch.cat([getattr(b, name) for b in batches]) for name in ("pixels", "tokens", "ids", "valid")
-    }
+    tensors = {name: torch.cat([getattr(b, name) for b in batches]) for name in ("pixels", "tokens", "ids", "valid")}
     values = {name: tensor.tolist() for name, tensor in tensors.items()}
     return {**values, "keys": [key for b in batches for key in b.keys]}
 
@@ -62,9 +60,7 @@ def test_rows_belong_together(shards: Shards) -> None:
 
 
 def test_every_sample_comes_once_an_epoch_across_straddling_batches(shards: Shards) -> None:
-    keys = joined(load(shards(records(10)), steps=5))[
-        "keys"
-    ]  # 20 samples: two epochs, the third batch has both
+    keys = joined(load(shards(records(10)), steps=5))["keys"]  # 20 samples: two epochs, the third batch has both
     assert sorted(keys[:10]) == sorted(keys[10:]) == [f"sample-{i:03d}" for i in range(10)]
     assert keys[:10] != keys[10:]
 
@@ -81,9 +77,7 @@ def test_ranks_together_have_the_batches_of_one_process(shards: Shards, world: i
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_the_batches(shards: Shards, workers: int) -> None:
     index = shards(records(10))
-    assert joined(load(index, workers=workers, caption_variants=0.5)) == joined(
-        load(index, caption_variants=0.5)
-    )
+    assert joined(load(index, workers=workers, caption_variants=0.5)) == joined(load(index, caption_variants=0.5))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

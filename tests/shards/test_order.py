@@ -26,9 +26,7 @@ def test_every_epoch_holds_every_sample_once(size: int, seed: int, epochs: int) 
 
 @settings(max_examples=50, deadline=None)
 @given(size=sizes, seed=seeds, world=st.integers(1, 5), local=st.integers(1, 30), step=st.integers(0, 20))
-def test_ranks_partition_the_global_batch_in_order(
-    size: int, seed: int, world: int, local: int, step: int
-) -> None:
+def test_ranks_partition_the_global_batch_in_order(size: int, seed: int, world: int, local: int, step: int) -> None:
     order, batch = Order(size, seed), world * local
     whole = order.step(step, batch)
     parts = [order.step(step, batch, rank, world) for rank in range(world)]
@@ -45,11 +43,7 @@ def test_steps_are_consecutive_pieces_of_one_stream(size: int, seed: int, batch:
 
 
 def test_epochs_and_seeds_have_different_orders() -> None:
-    orders = {
-        tuple(Order(50, seed).at(50 * epoch, 50 * epoch + 50)[1].tolist())
-        for seed in (0, 1)
-        for epoch in (0, 1)
-    }
+    orders = {tuple(Order(50, seed).at(50 * epoch, 50 * epoch + 50)[1].tolist()) for seed in (0, 1) for epoch in (0, 1)}
     assert len(orders) == 4
 
 

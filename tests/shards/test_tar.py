@@ -59,9 +59,7 @@ def test_a_damaged_header_is_an_error_with_its_offset(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(share=st.floats(0, 1), seed=st.integers(0, 99))
-def test_a_tar_cut_anywhere_is_an_error(
-    tmp_path_factory: pytest.TempPathFactory, share: float, seed: int
-) -> None:
+def test_a_tar_cut_anywhere_is_an_error(tmp_path_factory: pytest.TempPathFactory, share: float, seed: int) -> None:
     path = tmp_path_factory.mktemp("cut") / "x.tar"
     write(path, {f"{i}.txt": random.Random(seed + i).randbytes(700) for i in range(3)})
     data = path.read_bytes()
@@ -73,9 +71,7 @@ def test_a_tar_cut_anywhere_is_an_error(
 
 @settings(max_examples=60, deadline=None)
 @given(place=st.integers(0, 511), bit=st.integers(0, 7))
-def test_any_flipped_bit_of_a_header_is_noticed(
-    tmp_path_factory: pytest.TempPathFactory, place: int, bit: int
-) -> None:
+def test_any_flipped_bit_of_a_header_is_noticed(tmp_path_factory: pytest.TempPathFactory, place: int, bit: int) -> None:
     path = tmp_path_factory.mktemp("flip") / "x.tar"
     write(path, {"a.txt": b"first", "b.txt": b"second"})
     data = bytearray(path.read_bytes())

@@ -13,9 +13,7 @@ from .conftest import VAL, encoded, records
 
 
 def tars(folder: Path) -> dict[str, bytes]:
-    return {
-        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name.startswith(("0", "m"))
-    }
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name.startswith(("0", "m"))}
 
 
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
