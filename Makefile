@@ -20,7 +20,6 @@ towers: .venv/installed-towers  ## add the pretrained towers that recipes/pretra
 
 pretrain: .venv/installed  ## train on the pictograms and evaluate: minutes on two cores (RECIPE=another.yaml)
 	$(BIN)/python data/pictograms/prepare.py
-	$(BIN)/python data/fashion-mnist/prepare.py
 	$(BIN)/contrastive train $(RECIPE) --overwrite
 
 test: .venv/installed-test  ## run the tests, without the slow ones

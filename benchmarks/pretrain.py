@@ -1,7 +1,7 @@
 """The same minutes on the same machine and shards: `contrastive train` beside open_clip's trainer.
 
     python data/pictograms/prepare.py            make the shards, once
-    python benchmarks/pretrain.py --search       run each open_clip candidate once, to choose the best
+    python benchmarks/pretrain.py --search       run each open_clip candidate for two minutes, to choose the best
     python benchmarks/pretrain.py                three systems, seeds 0, 1, 2, six minutes each, interleaved
     python benchmarks/pretrain.py --only open_clip-vit192 --seed 0 --minutes 1
     python benchmarks/pretrain.py --list
@@ -20,8 +20,7 @@ Systems
     ours                  recipes/pretrain/pictograms.yaml
     open_clip-our-towers  the recipe, optimizer included, as far as open_clip has words for it; `--list` says
                           for what it has none
-    open_clip-best        the best of the candidates below, by `--search` with the same minutes; without a
-                          search the first of them
+    open_clip-best        the best of the candidates below by `--search`; without a search the first of them
 
 open_clip 3.3 needs webdataset 0.2.86 to train. It gets it in a folder of its own, .venv-peer, in front of the
 other packages; the script fills it on first use:
@@ -106,6 +105,7 @@ CANDIDATES = {
     "resnet10t-64": candidate(timm("resnet10t", 64), small_text(256, 1, 16)),
     "resnet10t-48-lr2e-3": candidate(timm("resnet10t", 48), small_text(256, 1, 16), batch=512, lr=2e-3),
     "resnet10t-48-mild-crop": candidate(timm("resnet10t", 48), small_text(256, 1, 16), crop=(0.9, 1.0)),
+    "regnetx002-48": candidate(timm("regnetx_002", 48), small_text(256, 1, 16), batch=512, lr=2e-3),
     "convnext-atto-64": candidate(timm("convnext_atto", 64), small_text(128, 1, 16)),
     "vit192": candidate(VIT192, clip_text(192, 4, 77), lr=5e-4),
     "vit192-short-text": candidate(VIT192, small_text(192, 1, 16), lr=5e-4),
@@ -156,12 +156,12 @@ def our_towers() -> tuple[dict[str, Any], list[str]]:
     return system, lost
 
 
-def systems(minutes: float) -> dict[str, dict[str, Any]]:
+def systems(search_minutes: float) -> dict[str, dict[str, Any]]:
     """What can be run, by name; a definition holds everything that would make a kept run stale."""
     lines = (ROOT / RECIPE).read_text().splitlines()
     recipe = "\n".join(line for line in lines if not line.startswith("#"))
     tried = {f"open_clip-{name}": system for name, system in CANDIDATES.items()}
-    scores = {name: run["top1"] for name in tried if (run := kept(name, tried[name], 0, minutes))}
+    scores = {name: run["top1"] for name in tried if (run := kept(name, tried[name], 0, search_minutes))}
     best = max(scores, key=lambda name: scores[name]) if scores else next(iter(tried))
     return {
         "ours": {"recipe": recipe},
@@ -352,13 +352,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seed", type=int, help="the only seed")
     parser.add_argument("--only", metavar="NAME", help="run this system alone and write no pretrain.json")
-    parser.add_argument("--search", action="store_true", help="run each open_clip candidate with seed 0")
+    parser.add_argument(
+        "--search", nargs="*", metavar="CANDIDATE", help="run these (or all) open_clip candidates with seed 0"
+    )
+    parser.add_argument("--search-minutes", type=float, default=2.0, help="of training, for each candidate")
     parser.add_argument("--list", action="store_true", help="names, and what open_clip cannot express")
     args = parser.parse_args()
 
     if not (ROOT / TRAIN / "manifest.json").exists():
         raise SystemExit(f"{TRAIN} is missing; make it with `python data/pictograms/prepare.py`")
-    known = systems(args.minutes)
+    known = systems(args.search_minutes)
+    minutes = args.minutes if args.search is None else args.search_minutes
     if args.list:
         print(*known, "open_clip-our-towers lacks:", sep="\n")
         print(*our_towers()[1], sep="\n")
@@ -366,8 +370,10 @@ def main() -> None:
     candidates = [f"open_clip-{name}" for name in CANDIDATES]
     names = ["ours", "open_clip-our-towers", "open_clip-best"]
     seeds = args.seeds if args.seed is None else [args.seed]
-    if args.search:
-        names, seeds = candidates, [0]
+    if args.search is not None:
+        names, seeds = [f"open_clip-{name}" for name in args.search] or candidates, [0]
+        if wrong := [name for name in names if name not in candidates]:
+            raise SystemExit(f"--search: no candidate {', '.join(wrong)}; `--list` names them")
     if args.only:
         if args.only not in known:
             raise SystemExit(f"--only {args.only}: choose one of {', '.join(known)}")
@@ -376,18 +382,19 @@ def main() -> None:
     runs = []
     for seed in seeds:  # interleaved: a machine that gets slower gets slower for all
         for name in names:
-            result = run_one(name, known[name], seed, args.minutes)
+            result = run_one(name, known[name], seed, minutes)
             same = result["system"] == name
             shown = name if same else f"{name} ({result['system'].removeprefix('open_clip-')})"
             runs.append(result | {"shown_as": shown})
             print(f"  top-1 {100 * result['top1']:.1f} %  top-5 {100 * result['top5']:.1f} %", flush=True)
     print(table(runs))
-    if args.search or args.only:
+    if args.search is not None or args.only:
         return
-    tried = [run for name in candidates if (run := kept(name, known[name], 0, args.minutes))]
+    tried = [run for name in candidates if (run := kept(name, known[name], 0, args.search_minutes))]
     report = {
         "machine": machine(),
         "minutes": args.minutes,
+        "search_minutes": args.search_minutes,
         "runs": runs,
         "tried": tried,
         "not_expressed": our_towers()[1],

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from numpy.typing import NDArray
+from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
 
 from contrastive.config import (
@@ -35,7 +38,6 @@ from contrastive.models import (
     TwoTower,
     describe,
     open_clip_model,
-    train_tokenizer,
 )
 from contrastive.shards import Augment, FeatureLoader, PairLoader, ShardIndex
 from contrastive.training import Duration, Schedule, Trainer, adamw
@@ -63,8 +65,6 @@ def build_accelerator(config: Config) -> Accelerator:
         raise UserError("train.precision: fp16 needs an accelerator and there is none here; use bf16 or fp32")
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    from accelerate.utils import DistributedDataParallelKwargs
-
     try:
         return Accelerator(
             # Without this, accelerate takes the ranks of a launcher on a machine without GPUs for lone processes.
@@ -73,14 +73,22 @@ def build_accelerator(config: Config) -> Accelerator:
             log_with=list(config.track.trackers) or None,
             project_dir=config.run.dir,
             # Gradients live in DDP's buckets, so that averaging copies nothing.
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                # Indexing a large set and validating are one rank's work while the others wait.
+                InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+            ],
         )
     except (ValueError, ImportError) as error:
-        raise UserError(f"track.with: {list(config.track.trackers)} ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"accelerate refuses train.precision {config.train.precision} with track.with "
+            f"{list(config.track.trackers)}: {reason}"
+        ) from None
 
 
-def build_tokenizer(config: PairModelConfig, captions: Callable[[], Any] | None) -> Tokenizer:
-    """The tokenizer of a pair; `captions` gives the corpus when one is to be trained."""
+def build_tokenizer(config: PairModelConfig, trained: str) -> Tokenizer:
+    """The tokenizer of a pair; `trained` is the text of a trained one, for recipes that name none."""
     choice = config.tokenizer
     match choice:
         case OpenClipTokenizerConfig():
@@ -88,15 +96,19 @@ def build_tokenizer(config: PairModelConfig, captions: Callable[[], Any] | None)
         case HuggingFaceTokenizerConfig():
             return CorpusTokenizer(resolve_path(choice.path), context=choice.context)
         case TrainedTokenizerConfig():
-            if choice.path is not None:
-                return CorpusTokenizer(choice.path, context=choice.context)
-            corpus = captions() if captions is not None else ["no corpus: a dry run"]
-            trained = train_tokenizer(corpus, vocab_size=choice.vocab_size, lowercase=choice.lowercase)
-            return CorpusTokenizer(trained, context=choice.context)
+            source = FastTokenizer.from_str(trained) if choice.path is None else choice.path
+            return CorpusTokenizer(source, context=choice.context)
 
 
-def build_model(config: Config, captions: Callable[[], Any] | None = None) -> TwoTower:
-    """The two-tower model of a recipe with its starting weights, on the CPU."""
+def wants_training(config: Config) -> TrainedTokenizerConfig | None:
+    """The tokenizer block of a recipe whose tokenizer is to be trained on the run's own captions, else None."""
+    if isinstance(config.model, PairModelConfig) and isinstance(config.model.tokenizer, TrainedTokenizerConfig):
+        return config.model.tokenizer if config.model.tokenizer.path is None else None
+    return None
+
+
+def build_model(config: Config, trained_tokenizer: str = "") -> TwoTower:
+    """The two-tower model of a recipe with its starting weights, on the CPU; see `build_tokenizer`."""
     torch.manual_seed(config.run.seed)
     model_config = config.model
     common: dict[str, Any] = {
@@ -111,7 +123,7 @@ def build_model(config: Config, captions: Callable[[], Any] | None = None) -> Tw
         model = open_clip_model(model_config.name, pretrained=model_config.pretrained, **common)
     else:
         image = model_config.image
-        tokenizer = build_tokenizer(model_config, captions)
+        tokenizer = build_tokenizer(model_config, trained_tokenizer)
         model = TwoTower(
             TimmImageTower(
                 image.name,
@@ -179,7 +191,7 @@ def build_augment(config: Config) -> Augment:
     return Augment(**config.data.augment.model_dump())
 
 
-def total_steps(config: Config, samples: int) -> Duration:
+def build_duration(config: Config, samples: int) -> Duration:
     """The duration of a recipe; an epoch is `samples` pairs, and a started step is a step."""
     train = config.train
     if train.minutes is not None:
@@ -224,11 +236,11 @@ def build_trainer(
     world, batch = accelerator.num_processes, config.train.global_batch
     if batch > len(index):
         raise UserError(f"train.global_batch: {batch} is more than the {len(index)} pairs of {config.data.train}")
-    duration = total_steps(config, len(index))
+    duration = build_duration(config, len(index))
     model.to(accelerator.device)
 
     def make_loader(start_step: int) -> PairLoader | FeatureLoader:
-        place: dict[str, int] = {"global_batch": batch, "rank": accelerator.process_index, "world": world}
+        place: dict[str, Any] = {"global_batch": batch, "rank": accelerator.process_index, "world": world}
         place |= {"seed": config.run.seed, "start_step": start_step}
         if features is not None:
             return FeatureLoader(index, *features, **place)
@@ -266,6 +278,7 @@ def build_trainer(
         global_batch=batch,
         identity={
             "model": {**describe(model), "name": None},
+            "locked towers": list(model.locked),
             "data": index.fingerprint,
             "global_batch": batch,
             "seed": config.run.seed,

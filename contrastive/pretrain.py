@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
-from contrastive.build import FrozenFeatures, build_accelerator, build_model, build_trainer
-from contrastive.config import Config, PairModelConfig, TrainedTokenizerConfig, dump_yaml
+from contrastive.build import FrozenFeatures, build_accelerator, build_model, build_trainer, wants_training
+from contrastive.config import Config, dump_yaml
 from contrastive.errors import UserError
 from contrastive.evaluation import (
     Evaluation,
@@ -25,11 +27,13 @@ from contrastive.evaluation import (
     evaluate_labelled,
     evaluate_pairs,
     format_results_table,
+    open_labelled,
+    read_templates,
     write_report,
 )
-from contrastive.models import CorpusTokenizer, TwoTower, load, reinitialised, save_model, train_tokenizer
+from contrastive.models import TwoTower, load, reinitialised, save_model, train_tokenizer
 from contrastive.shards import ShardIndex, open_cache, open_index
-from contrastive.training import Trainer, append_metrics, environment, list_checkpoints, read_metrics
+from contrastive.training import Trainer, append_metrics, check_identity, environment, list_checkpoints, read_metrics
 
 # What a run writes; `--overwrite` deletes these and nothing else.
 WRITTEN = (
@@ -63,29 +67,42 @@ def pretrain(
     """
     run_dir = Path(config.run.dir)
     accelerator = build_accelerator(config)
-    checkpoint = prepare_run_dir(run_dir, accelerator, resume=resume, overwrite=overwrite)
+    # Everything that can be wrong is looked at before the first thing is written or deleted.
+    checkpoint = find_start(run_dir, resume=resume, overwrite=overwrite)
+    check_labelled_sets(config)
     with accelerator.main_process_first():  # one process builds the index, the others read it
         train_index = open_index(config.data.train)
         validation_index = open_index(config.data.validation) if config.data.validation else None
         if config.data.cache == "pixels":
             open_cache(train_index)
-    config = settle_tokenizer(config, accelerator, train_index, run_dir)
-    model = build_model(config)
-    if accelerator.is_main_process:
-        (run_dir / "config.yaml").write_text(dump_yaml(config))
-        (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-        if not quiet:
-            print(summary(config, model, train_index, accelerator), flush=True)
-
+    trained_tokenizer = settle_tokenizer(config, train_index, accelerator, run_dir if resume else None)
+    model = build_model(config, trained_tokenizer)
+    # From here on each process draws its own: dropout masks must differ between the shares of a batch.
+    torch.manual_seed(config.run.seed + 1_000_003 * accelerator.process_index)
     trainer = build_trainer(
         config,
         accelerator,
         model,
         train_index,
         features=frozen_features(model, train_index, accelerator) if config.data.cache == "features" else None,
-        validate=validation(validation_index),
+        validate=validation(validation_index, config.data.workers),
         quiet=quiet,
     )
+    if checkpoint is not None:
+        check_identity(checkpoint, trainer.identity)
+    accelerator.wait_for_everyone()  # no rank writes before all have looked
+    if accelerator.is_main_process:
+        if checkpoint is None:
+            clear(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_yaml(config))
+        (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        if trained_tokenizer:
+            (run_dir / "tokenizer.json").write_text(trained_tokenizer)
+        if not quiet:
+            print(summary(config, model, train_index, accelerator), flush=True)
+    accelerator.wait_for_everyone()
+
     if config.track.trackers:
         accelerator.init_trackers(run_dir.name if "tensorboard" not in config.track.trackers else "tensorboard")
     try:
@@ -103,48 +120,58 @@ def pretrain(
         accelerator.end_training()
 
 
-def prepare_run_dir(run_dir: Path, accelerator: Accelerator, *, resume: bool, overwrite: bool) -> Path | None:
-    """Create the run folder; returns the checkpoint to go on from, None for a new run."""
+def find_start(run_dir: Path, *, resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from, None for a new run; nothing is written or deleted."""
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     started = (run_dir / "metrics.jsonl").exists() or bool(checkpoints)
-    if resume:
-        if not checkpoints:
-            raise UserError(f"--resume: {run_dir} has no checkpoint to go on from; leave the option out to start")
+    if resume and checkpoints:
         return checkpoints[-1]
+    if resume:
+        way = "start again with --overwrite" if started else "leave the option out to start"
+        raise UserError(f"--resume: {run_dir} has no checkpoint to go on from; {way}")
     if started and not overwrite:
         raise UserError(
             f"run.dir: {run_dir} already holds a run; add --resume to go on, --overwrite to start again, "
             "or run.dir=ANOTHER to keep both"
         )
-    accelerator.wait_for_everyone()  # every rank has looked before one deletes
-    if accelerator.is_main_process:
-        for name in WRITTEN if started else ():
-            path = run_dir / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
     return None
 
 
-def settle_tokenizer(config: Config, accelerator: Accelerator, index: ShardIndex, run_dir: Path) -> Config:
-    """Train the tokenizer of a recipe that asks for it, once, and name its file in the configuration."""
-    model = config.model
-    if not (isinstance(model, PairModelConfig) and isinstance(model.tokenizer, TrainedTokenizerConfig)):
-        return config
-    choice = model.tokenizer
-    if choice.path is not None:
-        return config
-    path = run_dir / "tokenizer.json"
-    if accelerator.is_main_process and not path.exists():
-        trained = train_tokenizer(index.captions(), vocab_size=choice.vocab_size, lowercase=choice.lowercase)
-        trained.save(str(path))
-    accelerator.wait_for_everyone()
-    CorpusTokenizer(path)  # a file that cannot be read is told here
-    tokenizer = choice.model_copy(update={"path": str(path)})
-    return config.model_copy(update={"model": model.model_copy(update={"tokenizer": tokenizer})})
+def clear(run_dir: Path) -> None:
+    """Delete what an earlier run wrote to the folder, and nothing else."""
+    for name in WRITTEN:
+        path = run_dir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_labelled_sets(config: Config) -> None:
+    """Open what the end of the run will need, so that a wrong path is told before hours of training."""
+    for labelled in config.eval.labelled:
+        read_templates(labelled.templates)
+        for path in (labelled.test, labelled.train if "probe" in labelled.tasks else None):
+            if path is not None:
+                open_labelled(path)
+
+
+def settle_tokenizer(config: Config, index: ShardIndex, accelerator: Accelerator, kept: Path | None) -> str:
+    """The text of the tokenizer that is trained on this run's captions; "" for a recipe that brings its own.
+
+    Args:
+        kept: the folder of the run that is resumed, which has it already.
+    """
+    choice = wants_training(config)
+    if choice is None:
+        return ""
+    if kept is not None:
+        return (kept / "tokenizer.json").read_text()
+    texts = [""]
+    if accelerator.is_main_process:
+        texts = [train_tokenizer(index.captions(), choice.vocab_size, choice.lowercase).to_str()]
+    broadcast_object_list(texts)
+    return texts[0]
 
 
 def summary(config: Config, model: TwoTower, index: ShardIndex, accelerator: Accelerator) -> str:
@@ -167,7 +194,13 @@ def summary(config: Config, model: TwoTower, index: ShardIndex, accelerator: Acc
 
 
 def frozen_features(model: TwoTower, index: ShardIndex, accelerator: Accelerator) -> FrozenFeatures:
-    """Run both locked trunks once over the data set; every process does it for itself."""
+    """Run both locked trunks once over the data set; every process does it for itself.
+
+    Raises:
+        UserError: the text tower gives nothing from before its projection.
+    """
+    if not model.text.cuts_text:
+        raise UserError(f"data.cache: features cannot be taken from the text tower of {model.name}; use pixels or none")
     accelerator.print(f"running the locked towers once over {len(index):,} pairs", flush=True)
     found = embed(model.to(accelerator.device), index, features="tower")
     assert found.text is not None, "the index holds no sample without a caption"
@@ -178,13 +211,13 @@ def frozen_features(model: TwoTower, index: ShardIndex, accelerator: Accelerator
     return FrozenFeatures(image, text, valid)
 
 
-def validation(index: ShardIndex | None) -> Callable[[Any], dict[str, float]] | None:
+def validation(index: ShardIndex | None, workers: int) -> Callable[[Any], dict[str, float]] | None:
     """The shares that are logged during training: recall and zero-shot on the validation shards."""
     if index is None:
         return None
 
     def validate(model: Any) -> dict[str, float]:
-        return evaluate_pairs(model, index).scalars()
+        return evaluate_pairs(model, index, workers=workers).scalars()
 
     return validate
 
@@ -201,14 +234,18 @@ def evaluate(
     results: dict[str, Any] = {"run": run_dir.name, "seconds": {"training": trainer.seconds}, "sets": {}}
     examples: dict[str, Examples] = {}
 
+    def write() -> None:
+        (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
     def add(found: Evaluation) -> None:
         name = found.results["name"]
         results["sets"][name] = found.results
         results["seconds"][name] = found.results["seconds"]
         examples[name] = found.examples
+        write()  # after each set: a later one that fails takes nothing with it
 
     if validation_index is not None:
-        found = evaluate_pairs(model, validation_index, name="validation", examples=8)
+        found = evaluate_pairs(model, validation_index, name="validation", examples=8, workers=config.data.workers)
         add(found)
         scalars = {f"validation/{key}": value for key, value in found.scalars().items()}
         append_metrics(run_dir / "metrics.jsonl", trainer.step, scalars)
@@ -237,7 +274,7 @@ def evaluate(
             environment=json.loads((run_dir / "environment.json").read_text()),
         )
         results["seconds"]["report"] = time.perf_counter() - started
-    (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write()
     if not quiet:
         print(format_results_table(results))
         print(f"model   {run_dir / 'model'}   results {run_dir / 'results.json'}")
@@ -252,7 +289,12 @@ def dry_run(config: Config) -> str:
     Raises:
         UserError: the model cannot be built as asked.
     """
-    model = build_model(config)
+    found = Path(config.data.train).exists()
+    choice, trained = wants_training(config), ""
+    if choice is not None:
+        captions = open_index(config.data.train).captions() if found else ["no data to train a tokenizer on"]
+        trained = train_tokenizer(captions, choice.vocab_size, choice.lowercase).to_str()
+    model = build_model(config, trained)
     lines = [f"recipe is valid; run folder {config.run.dir}"]
     for name, module in (("image tower", model.image), ("text tower", model.text)):
         lines.append(f"{name:12s} {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters")

@@ -56,4 +56,8 @@ def read_labels(listed: str | None, file: str | None) -> list[str]:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"--labels-file {file}: no such file")
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"--labels-file {file}: not UTF-8; save it as UTF-8") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]

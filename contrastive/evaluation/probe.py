@@ -69,8 +69,8 @@ class LinearProbe:
             )
         self.metadata_: dict[str, Any] = {}
         self.validation_curve_: list[tuple[float, float]] = []
-        if isinstance(self.C, (int, float)):
-            self.C_, near = _positive(self.C), None
+        if self.C is not None and np.ndim(self.C) == 0:
+            self.C_, near = _positive(float(self.C)), None  # type: ignore[arg-type]
         else:
             self.C_, near = self._choose(features, target)
         problem = SoftmaxRegression(features, target, len(self.classes_))
@@ -159,8 +159,8 @@ class LinearProbe:
         def best() -> float:
             return max(sorted(accuracy), key=lambda strength: accuracy[strength])
 
-        if isinstance(self.C, Sequence):
-            for strength in sorted(_positive(c) for c in self.C):
+        if self.C is not None:
+            for strength in sorted(_positive(float(c)) for c in self.C):  # type: ignore[union-attr]
                 measure(strength)
         else:
             loss = np.inf

@@ -28,6 +28,10 @@ class ImageTower(Protocol):
 
     def project(self, features: Tensor) -> Tensor: ...
 
+    def projection_parameters(self) -> list[nn.Parameter]:
+        """What still learns when the tower is locked."""
+        ...
+
     def checkpoint_gradients(self) -> None: ...
 
     def description(self) -> dict[str, Any]:
@@ -65,8 +69,9 @@ class TimmImageTower(nn.Module):
             hint = f"; similar: {', '.join(near)}" if near else ""
             raise UserError(f"model.image.name: timm has no model {name!r}{hint}")
         arguments = dict(self.kwargs)
-        # Transformers need the size at construction; convolutional nets refuse the argument.
-        if "img_size" in _arguments_of(name):
+        # Networks with a fixed input (most transformers) are built for it; the others refuse the argument.
+        config = timm.get_pretrained_cfg(name)
+        if config is not None and config.fixed_input_size:
             arguments["img_size"] = image_size
         try:
             trunk = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
@@ -87,6 +92,9 @@ class TimmImageTower(nn.Module):
         projected: Tensor = self.projection(features)
         return projected
 
+    def projection_parameters(self) -> list[nn.Parameter]:
+        return list(self.projection.parameters())
+
     def checkpoint_gradients(self) -> None:
         if not hasattr(self.trunk, "set_grad_checkpointing"):
             raise UserError(f"train.gradient_checkpointing: timm's {self.name} does not support it; set it to false")
@@ -102,12 +110,6 @@ class TimmImageTower(nn.Module):
             "mean": self.mean,
             "std": self.std,
         }
-
-
-def _arguments_of(name: str) -> set[str]:
-    """Names that the module behind a timm entry point takes, as far as its class shows."""
-    family = timm.models.model_entrypoint(name).__module__
-    return {"img_size"} if any(part in family for part in ("vision_transformer", "deit", "eva", "swin")) else set()
 
 
 def _load_trunk(trunk: nn.Module, path: Path) -> None:

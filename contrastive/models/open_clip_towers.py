@@ -47,6 +47,9 @@ class OpenClipImageTower(nn.Module):
     def project(self, features: Tensor) -> Tensor:
         return features @ self.projection if self.splits else features
 
+    def projection_parameters(self) -> list[nn.Parameter]:
+        return [self.projection] if self.splits else _named_projection(self.visual)
+
     def checkpoint_gradients(self) -> None:
         self.visual.set_grad_checkpointing(True)
 
@@ -61,18 +64,14 @@ class OpenClipTextTower(nn.Module):
     bidirectional, last-token or class-token towers, nor for wrapped Hugging Face encoders: they get the full context.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model: Any = model.text if hasattr(model, "text") else model
-        if hasattr(self.model, "visual"):
-            del self.model.visual  # open_clip.CLIP carries its text layers itself; the image tower owns `visual`
-        self.pool = getattr(self.model, "text_pool_type", None) or getattr(self.model, "pool_type", None)
-        own_layout = isinstance(self.model, TextTransformer | open_clip.CLIP)
-        self.cuts_text = bool(
-            own_layout
-            and self.pool == "argmax"
-            and getattr(self.model, "attn_mask", None) is not None
-            and getattr(self.model, "cls_emb", None) is None
+        self.model: Any = model
+        self.cuts_text = (
+            isinstance(model, TextTransformer)
+            and model.pool_type == "argmax"
+            and model.attn_mask is not None
+            and model.cls_emb is None
         )
 
     def features(self, tokens_NL: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ class OpenClipTextTower(nn.Module):
         model, length = self.model, tokens_NL.shape[1]
         x_NLE = model.token_embedding(tokens_NL) + model.positional_embedding[:length]
         x_NLE = model.transformer(x_NLE, attn_mask=model.attn_mask[:length, :length])
-        pooled: Tensor = text_global_pool(model.ln_final(x_NLE), tokens_NL, self.pool)
+        pooled: Tensor = text_global_pool(model.ln_final(x_NLE), tokens_NL, "argmax")
         return pooled
 
     def project(self, features_NE: Tensor) -> Tensor:
@@ -95,11 +94,20 @@ class OpenClipTextTower(nn.Module):
             return projected
         return features_NE @ self.model.text_projection
 
+    def projection_parameters(self) -> list[nn.Parameter]:
+        return _named_projection(self.model)
+
     def checkpoint_gradients(self) -> None:
         self.model.transformer.grad_checkpointing = True
 
     def description(self) -> dict[str, Any]:
         return {"kind": "open_clip"}
+
+
+def _named_projection(tower: nn.Module) -> list[nn.Parameter]:
+    """The last linear map of an open_clip tower; open_clip has these names for it."""
+    names = ("proj", "text_projection", "head", "attnpool.c_proj")
+    return [parameter for key, parameter in tower.named_parameters() if key.startswith(names)]
 
 
 def open_clip_model(
@@ -147,6 +155,7 @@ def open_clip_model(
             pretrained=pretrained,
             require_pretrained=pretrained is not None,
             pretrained_text=False,
+            force_custom_text=True,  # one layout for all: the text tower is a module of its own
         )
     except Exception as error:  # hub, file and architecture faults come as many types
         what = f"the weights {pretrained!r} of {name}" if pretrained else name
@@ -172,7 +181,7 @@ def open_clip_model(
             options["bias"] = float(model.logit_bias.detach())
     tower = TwoTower(
         OpenClipImageTower(visual, dim, preprocess),
-        OpenClipTextTower(model),
+        OpenClipTextTower(model.text),
         tokenizer,
         dim,
         name=name,

@@ -28,6 +28,10 @@ class TextTower(Protocol):
 
     def project(self, features: Tensor) -> Tensor: ...
 
+    def projection_parameters(self) -> list[nn.Parameter]:
+        """What still learns when the tower is locked."""
+        ...
+
     def checkpoint_gradients(self) -> None: ...
 
     def description(self) -> dict[str, Any]:
@@ -147,6 +151,9 @@ class TransformerTextTower(nn.Module):
         # A row of padding alone would attend to nothing and give NaN: let every token see itself.
         return mask | torch.eye(length, dtype=torch.bool, device=real_NL.device)
 
+    def projection_parameters(self) -> list[nn.Parameter]:
+        return list(self.projection.parameters())
+
     def checkpoint_gradients(self) -> None:
         self.checkpointing = True
 
@@ -200,14 +207,19 @@ class HuggingFaceTextTower(nn.Module):
         projected: Tensor = self.projection(features_NE)
         return projected
 
+    def projection_parameters(self) -> list[nn.Parameter]:
+        return list(self.projection.parameters())
+
     def checkpoint_gradients(self) -> None:
         self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def description(self) -> dict[str, Any]:
         config = self.encoder.config
+        # the version that wrote it says nothing of the network, and would tell equal models apart
+        kept = {key: value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
         return {
             "kind": "huggingface",
-            "config": {**config.to_diff_dict(), "model_type": config.model_type},
+            "config": {**kept, "model_type": config.model_type},
             "dim": self.dim,
             "pool": self.pool,
             "pad_id": self.pad_id,

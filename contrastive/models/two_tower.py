@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from contrastive.images import square
 from contrastive.models.image_towers import ImageTower
-from contrastive.models.preprocess import preprocess_image
 from contrastive.models.text_towers import TextTower
 from contrastive.models.tokenizer import Tokenizer
 
@@ -64,8 +65,9 @@ class TwoTower(nn.Module):
         self.open_clip_config: dict[str, Any] | None = None  # set for a model of open_clip: what rebuilds it
         self.locked = tuple(tower for tower, lock in (("image", lock_image), ("text", lock_text)) if lock)
         for tower in self.locked:
-            for key, parameter in getattr(self, tower).named_parameters():
-                parameter.requires_grad_("projection" in key or key == "proj")
+            projection = {id(parameter) for parameter in getattr(self, tower).projection_parameters()}
+            for parameter in getattr(self, tower).parameters():
+                parameter.requires_grad_(id(parameter) in projection)
 
     # ---- using the model
 
@@ -74,8 +76,8 @@ class TwoTower(nn.Module):
         return self.logit_scale.device
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """A PIL image as uint8 ``(3, H, W)``: shorter side resized to ``image_size``, centre crop."""
-        return preprocess_image(image, self.image_size)
+        """A PIL image as uint8 ``(3, H, W)``: see `contrastive.images.square`."""
+        return torch.from_numpy(np.asarray(square(image, self.image_size)).transpose(2, 0, 1).copy())
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids, int64 ``(N, L)``; L is the longest caption where the tower allows it, else the context."""

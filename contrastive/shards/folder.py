@@ -9,7 +9,7 @@ from contrastive.shards.record import Record, Source
 
 
 class ImageFolder(Source):
-    """Image files; the key is the path without its extension.
+    """Image files; the key is the path below the folder, with its extension.
 
     With sidecars (cat.jpg beside cat.txt) every line that is not empty is a caption, the first being *the*
     caption. Without any, when all images lie in sub-folders, the label is the name of the first sub-folder.
@@ -34,7 +34,7 @@ class ImageFolder(Source):
             except OSError:  # a broken link, no permission
                 image = None
             yield Record(
-                key=name.with_suffix("").as_posix(),
+                key=name.as_posix(),
                 image=image,
                 captions=() if self.labelled else _captions(file.with_suffix(".txt")),
                 label=name.parts[0] if self.labelled else None,

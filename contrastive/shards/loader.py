@@ -4,7 +4,7 @@ import itertools
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from contrastive.errors import UserError
+from contrastive.images import square
 from contrastive.shards.augment import DRAWS, Augment, augment_image
 from contrastive.shards.batch import Batch
 from contrastive.shards.cache import open_cache
-from contrastive.shards.decode import decode_image, square
-from contrastive.shards.index import ShardIndex
+from contrastive.shards.decode import decode_image
+from contrastive.shards.index import ShardIndex, caption_id
 from contrastive.shards.order import Order, draws, local_batch
 from contrastive.shards.record import Rejected
 
@@ -82,6 +83,15 @@ class PairLoader:
         if not self.workers:
             yield from map(self._dataset.__getitem__, steps)
             return
+        try:
+            yield from self._from_workers(steps)
+        except UserError as error:
+            # torch wraps what a worker raises in its traceback; the last line is what the user can mend
+            raise UserError(
+                str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+            ) from None
+
+    def _from_workers(self, steps: Iterable[int]) -> Iterator[Batch]:
         yield from DataLoader(
             self._dataset,
             sampler=steps,
@@ -133,6 +143,7 @@ class _Steps(Dataset[Batch]):
         pixels = np.zeros((len(samples), self.size, self.size, 3), np.uint8)
         valid = np.zeros(len(samples), bool)
         captions = [""] * len(samples)
+        ids = self.index.ids[samples].copy()
         rejected: Counter[str] = Counter()
         for row, (sample, u) in enumerate(zip(samples.tolist(), numbers, strict=True)):
             try:
@@ -145,12 +156,15 @@ class _Steps(Dataset[Batch]):
             else:
                 image = augment_image(image, self.size, self.augment, u, self.fill)
             pixels[row] = np.asarray(image)
-            captions[row] = self._caption(sample, u[DRAWS], u[DRAWS + 1])
+            variant = self._variant(sample, u[DRAWS], u[DRAWS + 1])
+            captions[row] = self.index.caption(sample) if variant is None else variant
+            if variant is not None:
+                ids[row] = caption_id(variant)
             valid[row] = True
         return Batch(
             pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
             tokens=torch.as_tensor(self.tokenize(captions), dtype=torch.int64),
-            ids=torch.from_numpy(self.index.ids[samples]),
+            ids=torch.from_numpy(ids),
             valid=torch.from_numpy(valid),
             keys=[self.index.key(i) for i in samples.tolist()],
             rejected=dict(rejected),
@@ -163,12 +177,13 @@ class _Steps(Dataset[Batch]):
             raise Rejected(self.cache.rejected[sample])
         return Image.fromarray(self.cache.pixels[sample])
 
-    def _caption(self, sample: int, chance: float, which: float) -> str:
+    def _variant(self, sample: int, chance: float, which: float) -> str | None:
+        """One of the sample's further captions, with the wanted probability; None for its first one."""
         if chance < self.caption_variants:
             variants = self.index.variants(sample)
             if variants:
                 return variants[int(which * len(variants))]
-        return self.index.caption(sample)
+        return None
 
 
 def _unchanged(batch: Any) -> Any:

@@ -48,6 +48,9 @@ class Source:
     def __len__(self) -> int:
         return self._count() if self.limit is None else min(self.limit, self._count())
 
+    def __str__(self) -> str:
+        return f"{self.kind} of {len(self):,} records"
+
     def _records(self) -> Iterator[Record]:
         raise NotImplementedError
 

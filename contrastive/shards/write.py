@@ -13,7 +13,7 @@ from pathlib import Path
 
 from contrastive.errors import UserError
 from contrastive.shards.index import PathLike, caption_id
-from contrastive.shards.record import Record, image_extension
+from contrastive.shards.record import IMAGE_EXTENSIONS, Record, image_extension
 
 MANIFEST = "manifest.json"
 
@@ -120,6 +120,8 @@ def _fault(record: Record, extension: str | None) -> str | None:
 
 def _safe_key(key: str) -> str:
     """The layout ends a key at the first dot; a name must not leave the folder that a tar is unpacked in."""
+    stem, dot, extension = key.rpartition(".")
+    key = stem if dot and extension.lower() in IMAGE_EXTENSIONS else key
     return re.sub(r"[.\\\x00-\x1f]", "_", key).strip("/") or "_"
 
 
@@ -139,7 +141,7 @@ def _check_free(dest: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{dest}: the folder is not empty; give another, or --overwrite")
-    ours = re.compile(r"\d{5,}\.tar|manifest\.json|\.?index.*|\.?pixels-.*")
+    ours = re.compile(r"\d{5,}\.tar|manifest\.json|\.?index(-[0-9a-f]+)?\.npz.*|\.?pixels-[0-9a-f]{16}\.(npy|json).*")
     foreign = [name for name in sorted(names) if not ours.fullmatch(name)]
     if foreign:
         raise UserError(f"{dest}: holds '{foreign[0]}', which is no shard; nothing was overwritten")

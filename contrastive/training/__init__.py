@@ -1,18 +1,19 @@
 """The training loop, its step, checkpoints, schedule and tracking."""
 
-from contrastive.training.checkpoint import list_checkpoints
+from contrastive.training.checkpoint import check_identity, list_checkpoints
 from contrastive.training.optimizer import adamw
 from contrastive.training.schedule import Duration, Schedule
 from contrastive.training.tracking import append_metrics, environment, read_metrics
-from contrastive.training.trainer import NonFiniteLoss, Trainer
+from contrastive.training.trainer import NonFinite, Trainer
 
 __all__ = [
     "Duration",
-    "NonFiniteLoss",
+    "NonFinite",
     "Schedule",
     "Trainer",
     "adamw",
     "append_metrics",
+    "check_identity",
     "environment",
     "list_checkpoints",
     "read_metrics",

@@ -92,31 +92,47 @@ def load_checkpoint(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: Optimizer,
-    expected: dict[str, Any],
+    identity: dict[str, Any],
 ) -> dict[str, Any]:
     """Put model, optimizer and random states back; returns the saved state.
 
-    Args:
-        expected: entries of the state that must be equal (the model's description, the data's fingerprint …).
+    The optimizer's moments come from the checkpoint; rate, decay, betas and eps stay those of this run, so that they
+    can be changed on the way.
 
     Raises:
-        UserError: the checkpoint belongs to another model, data set or batch size.
+        UserError: see `check_identity`.
     """
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    for key, value in expected.items():
-        if state.get(key) != value:
-            raise UserError(
-                f"{path}: cannot resume, its {key} is another one ({_difference(state.get(key), value)}); "
-                "resume with the recipe that it was started with, or choose another run.dir"
-            )
+    state = check_identity(path, identity)
     accelerator.unwrap_model(model).load_state_dict(load_file(path / "model.safetensors"))
     saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved["optimizer"])
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
     if accelerator.scaler is not None and "scaler" in saved:
         accelerator.scaler.load_state_dict(saved["scaler"])
     own = path / f"random_{accelerator.process_index}.pt"
     if own.is_file():  # absent when the run goes on with more processes; the loader does not depend on it
         restore_random_state(torch.load(own, weights_only=True))
+    return state
+
+
+def check_identity(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The state of the checkpoint `path`, if it belongs to a run with this `identity`.
+
+    Args:
+        identity: entries of the state that must be equal (the model's description, the data's fingerprint …).
+
+    Raises:
+        UserError: the checkpoint belongs to another model, data set or batch size.
+    """
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    for key, value in identity.items():
+        if state.get(key) != value:
+            raise UserError(
+                f"{path}: cannot resume, its {key} is another one ({_difference(state.get(key), value)}); "
+                "resume with the recipe that it was started with, or choose another run.dir"
+            )
     return state
 
 

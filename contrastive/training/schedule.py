@@ -30,7 +30,7 @@ class Duration:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a cosine to zero (Loshchilov & Hutter 2017, arXiv:1608.03983) or a constant.
+    """A linear warm-up times a cosine to zero (Loshchilov & Hutter 2017, arXiv:1608.03983), or times a constant.
 
     Args:
         warmup_share: of the run, 0 to 1; or `warmup_steps`.

@@ -46,7 +46,7 @@ class TrainStep:
     def __call__(self, batch: Any, lr_factor: float) -> dict[str, Tensor]:
         device = self.accelerator.device
         set_learning_rate(self.optimizer, lr_factor)
-        out = self.model(batch.pixels.to(device, non_blocking=True), batch.tokens.to(device, non_blocking=True))
+        out = self.model(batch.pixels.to(device), batch.tokens.to(device))
         valid = None if bool(batch.valid.all()) and self.accelerator.num_processes == 1 else batch.valid.to(device)
         metrics = self.loss(out["image"], out["text"], out["scale"], out["bias"], ids=batch.ids.to(device), valid=valid)
         self.accelerator.backward(metrics["loss"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
 
@@ -26,8 +27,8 @@ from contrastive.training.tracking import Tracker
 Validate = Callable[[Any], dict[str, float]]
 
 
-class NonFiniteLoss(UserError):
-    """The loss became infinite or not a number; the newest checkpoint is from before."""
+class NonFinite(UserError):
+    """The loss or a weight became infinite or not a number; no checkpoint holds such a weight."""
 
 
 class Trainer:
@@ -99,37 +100,44 @@ class Trainer:
         share = self.duration.progress(self.step, self.seconds)
         stopping = False
         with _stop_on_signal() as stop_requested:
+            # A step lasts from one turn of the loop to the next: an accelerator works on after the call returns, and
+            # whoever waits for it first pays. Saving and validation are left out by starting the clock anew.
+            started = time.perf_counter()
             while share < 1.0 and not stopping:
-                started = time.perf_counter()
+                waiting = time.perf_counter()
                 batch = next(loader)
-                loaded = time.perf_counter()
+                wait = time.perf_counter() - waiting
                 factor = self.schedule.factor(self.step, share)
                 metrics = self.train_step(batch, factor)
                 self.step += 1
-                finished = time.perf_counter()
-                before = share
-                stopping, share = self._agree(stop_requested.is_set(), finished - started)
+                before, now = share, time.perf_counter()
+                seconds, started = now - started, now
+                stopping, share = self._agree(stop_requested.is_set(), seconds, batch.rejected)
                 stopping = stopping or self.step == stop_after
-                window.add(metrics, batch, loaded - started, finished - started, factor)
-                for reason, count in batch.rejected.items():
-                    self.rejected[reason] = self.rejected.get(reason, 0) + count
+                window.add(metrics, wait, seconds, factor)
                 if self.step % self.log_every == 0 or share >= 1.0 or stopping:
                     self._log(window, tracker, progress, share)
                     window = _Window()
                 last = share >= 1.0 or stopping
                 if last or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
                     self._save()
+                    started = time.perf_counter()
                 if self._validation_due(before, share):
                     self._validate(tracker, progress)
+                    started = time.perf_counter()
         progress.close()
         return share >= 1.0
 
-    def _agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
-        """Add this step's time and decide, alike on every rank, whether to stop and how far the run is."""
+    def _agree(self, stop: bool, seconds: float, rejected: dict[str, int]) -> tuple[bool, float]:
+        """Decide alike on every rank whether to stop and how far the run is; count what any rank rejected."""
+        everyones = [rejected]
         if self.accelerator.num_processes > 1:
-            flags = torch.tensor([float(stop), seconds], device=self.accelerator.device, dtype=torch.float64)
-            flags = torch.stack(list(self.accelerator.gather(flags).view(-1, 2))).amax(0)
-            stop, seconds = bool(flags[0] > 0), float(flags[1])
+            own = torch.tensor([float(stop), seconds, float(bool(rejected))], device=self.accelerator.device)
+            stopped, longest, some = self.accelerator.gather(own).view(-1, 3).amax(0).tolist()
+            stop, seconds = stopped > 0, longest
+            everyones = gather_object([rejected]) if some else []
+        for reason, count in (pair for each in everyones for pair in each.items()):
+            self.rejected[reason] = self.rejected.get(reason, 0) + count
         self.seconds += seconds
         return stop, self.duration.progress(self.step, self.seconds)
 
@@ -151,7 +159,7 @@ class Trainer:
         tracker.log(self.step, row)
         progress.update(self.step, share, self.seconds, rate, wait, values["loss"])
         if not math.isfinite(values["loss"]):
-            raise NonFiniteLoss(
+            raise NonFinite(
                 f"the loss is {values['loss']} at step {self.step}; lower optim.lr or raise optim.warmup, and go on "
                 "from the newest checkpoint with --resume"
             )
@@ -167,7 +175,8 @@ class Trainer:
         assert self.validate is not None
         if self.accelerator.is_main_process:
             # Validation must not move the random streams: resuming behind it would give other weights.
-            with torch.random.fork_rng():
+            own = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=own):
                 two_tower: Any = self.accelerator.unwrap_model(self.model)
                 values = self.validate(two_tower)
                 two_tower.train()
@@ -178,6 +187,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
+        # A finite loss does not vouch for the step behind it. Ranks hold the same weights, so they decide alike.
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise NonFinite(
+                f"a weight is not finite after step {self.step}; nothing was saved. Lower optim.lr or set optim.clip, "
+                "and go on from the newest checkpoint with --resume"
+            )
         state = {"step": self.step, "seconds": self.seconds, "rejected": self.rejected, **self.identity}
         folder = self.run_dir / "checkpoints"
         save_checkpoint(folder, self.accelerator, self.model, self.optimizer, state, keep=self.keep)
@@ -195,7 +210,7 @@ class _Window:
         self.steps = 0
         self.wait_seconds = self.step_seconds = self.lr_factor = 0.0
 
-    def add(self, metrics: dict[str, torch.Tensor], batch: Any, wait: float, seconds: float, factor: float) -> None:
+    def add(self, metrics: dict[str, torch.Tensor], wait: float, seconds: float, factor: float) -> None:
         for key, value in metrics.items():
             self.sums[key] = self.sums[key] + value.float() if key in self.sums else value.float()
         self.steps += 1
