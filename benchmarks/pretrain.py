@@ -4,6 +4,7 @@
     python benchmarks/pretrain.py --search       run each open_clip candidate for two minutes, to choose the best
     python benchmarks/pretrain.py                three systems, seeds 0, 1, 2, six minutes each, interleaved
     python benchmarks/pretrain.py --only open_clip-vit192 --seed 0 --minutes 1
+    python benchmarks/pretrain.py --collect      the table and the JSON of the runs that are there
     python benchmarks/pretrain.py --list
 
 Keep the machine idle otherwise. Every finished run is kept under runs/benchmark-pretrain/ and not repeated as
@@ -356,6 +357,7 @@ def main() -> None:
         "--search", nargs="*", metavar="CANDIDATE", help="run these (or all) open_clip candidates with seed 0"
     )
     parser.add_argument("--search-minutes", type=float, default=2.0, help="of training, for each candidate")
+    parser.add_argument("--collect", action="store_true", help="run nothing: report the runs that are kept")
     parser.add_argument("--list", action="store_true", help="names, and what open_clip cannot express")
     args = parser.parse_args()
 
@@ -382,7 +384,13 @@ def main() -> None:
     runs = []
     for seed in seeds:  # interleaved: a machine that gets slower gets slower for all
         for name in names:
-            result = run_one(name, known[name], seed, minutes)
+            if args.collect:
+                result = kept(str(known[name].get("is", name)), known[name], seed, minutes)
+                if result is None:
+                    print(f"{name}, seed {seed}: not run yet")
+                    continue
+            else:
+                result = run_one(name, known[name], seed, minutes)
             same = result["system"] == name
             shown = name if same else f"{name} ({result['system'].removeprefix('open_clip-')})"
             runs.append(result | {"shown_as": shown})

@@ -316,7 +316,7 @@ def test_a_wrong_value_is_told_with_its_path_and_a_remedy(problems, override, li
         ),
         (
             ["eval.labelled=[{name: a, train: t, test: b}, {name: a, train: t, test: c}]"],
-            "eval.labelled[1].name: 'a' names another set too; choose another name",
+            "eval.labelled[1].name: 'a' is taken; choose another name",
         ),
     ],
 )

@@ -70,6 +70,12 @@ def test_a_dry_run_trains_nothing_and_names_missing_data(recipe, tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
+def test_the_recipe_for_many_gpus_builds_its_model_in_a_dry_run(capsys):
+    assert main(["train", "recipes/pretrain/vit-b-32.yaml", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "image tower  87.8 M" in printed and "text tower   63.4 M" in printed
+
+
 @pytest.mark.parametrize(("change", "words"), [
     (["model.image.img_size=48"], "model.image.img_size: unknown key"),
     (["train.global_batch=41"], "41 is more than the 40 pairs"),

@@ -22,8 +22,8 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def train(rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str]) -> list[float]:
-    config = tiny_config(corpus, run_dir / "run", *EXACT, *overrides)
+def train(rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str], pair: bool = True) -> list[float]:
+    config = tiny_config(corpus, run_dir / "run", *(EXACT if pair else []), *overrides)
     pretrain(config, quiet=True)
     rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
     return [row["train/loss"] for row in rows if "train/loss" in row]
@@ -57,6 +57,17 @@ def test_two_processes_give_the_loss_curve_of_one(corpus, tmp_path, overrides):
     assert len(one) == len(two) == 50
     assert one[-1] < 0.8 * one[0]  # a curve that does not move would agree with anything
     assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_an_open_clip_model_trains_on_two_processes_as_on_one(corpus, tmp_path):
+    name = tmp_path / "tiny-clip.json"
+    vision = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    name.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    overrides = ["model.kind=open_clip", f"model.name={name}", "train.steps=5"]
+    one = run_ranks(1, train, corpus, tmp_path / "one", overrides, False)[0]
+    two = run_ranks(2, train, corpus, tmp_path / "two", overrides, False)[0]
+    assert len(two) == 5 and two == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.parametrize("overrides", LOSSES, ids=lambda o: o[0])

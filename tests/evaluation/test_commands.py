@@ -45,7 +45,7 @@ def test_classify_gives_the_probabilities_of_the_classifier(saved, pairs, capsys
     rows = json.loads(capsys.readouterr().out)
     classifier = contrastive.ZeroShotClassifier(contrastive.load(saved), ["red", "blue", "green"])
     expected = np.sort(classifier.predict_proba(pairs), axis=1)[:, ::-1][:, :2]
-    assert [row["image"] for row in rows] == [str(number) for number in range(8) for _ in range(2)]
+    assert [row["image"] for row in rows] == [f"{number}.png" for number in range(8) for _ in range(2)]
     np.testing.assert_allclose([row["probability"] for row in rows], expected.ravel(), rtol=1e-4)
     best = [row["label"] for row in rows if row["rank"] == 1]
     assert best == classifier.predict(pairs).tolist()

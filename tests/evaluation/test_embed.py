@@ -10,7 +10,7 @@ from tests.evaluation.fake import NAMES, square
 
 def test_a_folder_of_pairs(model, pairs):
     found = embed(model, pairs, batch_size=3)
-    assert found.keys == [str(number) for number in range(8)]
+    assert found.keys == [f"{number}.png" for number in range(8)]
     assert found.captions == [f"{NAMES[n % 4]} square" for n in range(8)] and found.labels is None
     assert found.image.shape == found.text.shape == (8, 3) and found.image.dtype == np.float32
     assert ((found.image @ found.text.T).argmax(axis=1) % 4 == np.arange(8) % 4).all()
@@ -45,13 +45,16 @@ def test_unreadable_images_are_left_out_and_counted(model, pairs):
     (pairs / "3.png").write_bytes(b"no image")
     (pairs / "5.png").write_bytes((pairs / "5.png").read_bytes()[:45])
     found = embed(model, pairs)
-    assert found.keys == ["0", "1", "2", "4", "6", "7"] and len(found.image) == len(found.captions) == 6
-    assert set(found.failures) == {"3", "5"} and sum(found.rejected.values()) == 2
+    assert (
+        found.keys == [f"{number}.png" for number in (0, 1, 2, 4, 6, 7)]
+        and len(found.image) == len(found.captions) == 6
+    )
+    assert set(found.failures) == {"3.png", "5.png"} and sum(found.rejected.values()) == 2
 
 
 def test_no_readable_image_is_an_error(model, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"none of the 1 images can be read \(a: not an image\)"):
+    with pytest.raises(UserError, match=r"none of the 1 images can be read \(a.png: not an image\)"):
         embed(model, tmp_path)
 
 

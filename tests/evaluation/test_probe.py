@@ -135,3 +135,10 @@ def test_a_file_that_is_no_probe_is_told(tmp_path):
     for name, message in (("other", "not a probe"), ("text", "not a probe"), ("none", "no such file")):
         with pytest.raises(UserError, match=message):
             LinearProbe.load(tmp_path / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("grid", [np.array([0.01, 1.0]), (0.01, 1.0)], ids=["array", "tuple"])
+def test_a_grid_is_what_is_tried(grid):
+    probe = LinearProbe(grid).fit(*problem())
+    assert [strength for strength, _ in probe.validation_curve_] == [0.01, 1.0]
+    assert LinearProbe(np.float32(0.5)).fit(*problem()).C_ == 0.5

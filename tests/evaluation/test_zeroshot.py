@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from contrastive.errors import UserError
 from contrastive.evaluation import ZeroShotClassifier, embed, embed_texts, read_templates
@@ -17,6 +18,17 @@ def test_images_in_every_form_get_the_same_prediction(model, pairs):
         assert classifier.predict(X).tolist() == NAMES
     assert classifier.predict(images[2]).tolist() == ["blue"]
     assert classifier.predict(pairs).tolist() == NAMES * 2
+
+
+def test_a_transparent_image_is_the_same_by_path_and_as_an_object(model, tmp_path):
+    """Blue lies under full transparency, which shows where it is dropped instead of laid over white."""
+    image = Image.new("RGBA", (12, 12), (0, 0, 255, 0))
+    image.paste((255, 0, 0, 255), (3, 3, 9, 9))
+    image.save(tmp_path / "x.png")
+    classifier = ZeroShotClassifier(model, NAMES)
+    by_path, by_object = (classifier.predict_proba([x]) for x in (tmp_path / "x.png", image))
+    np.testing.assert_array_equal(by_path, by_object)
+    assert classifier.predict([image]).tolist() != ["blue"]
 
 
 def test_probabilities_are_the_softmax_of_scaled_cosines(model):
@@ -64,7 +76,7 @@ def test_other_widths_and_shapes_are_told(model):
 def test_an_unreadable_image_is_told_and_not_skipped(model, tmp_path):
     square("red").save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no")
-    with pytest.raises(UserError, match="b: not an image"):
+    with pytest.raises(UserError, match="b.png: not an image"):
         ZeroShotClassifier(model, NAMES).predict(tmp_path)
 
 

@@ -127,11 +127,18 @@ def test_sidecars_are_captions(images: Path) -> None:
     (images / "sub" / "x.txt").write_text("deep")
     found = [(r.key, r.captions, r.label) for r in open_source(images)]
     assert found == [
-        ("0", ("first", "second"), None),
-        ("1", (), None),
-        ("2", (), None),
-        ("sub/x", ("deep",), None),
+        ("0.png", ("first", "second"), None),
+        ("1.png", (), None),
+        ("2.png", (), None),
+        ("sub/x.JPG", ("deep",), None),
     ]
+
+
+def test_shards_of_a_folder_have_keys_without_the_extension(images: Path, tmp_path: Path) -> None:
+    for i in range(3):
+        (images / f"{i}.txt").write_text("a caption")
+    write_shards(open_source(images), tmp_path / "shards")
+    assert [r.key for r in open_source(tmp_path / "shards")] == ["0", "1", "2"]
 
 
 def test_class_folders_are_labels(tmp_path: Path) -> None:
@@ -139,14 +146,14 @@ def test_class_folders_are_labels(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(encoded())
     found = [(r.key, r.captions, r.label) for r in open_source(tmp_path)]
-    assert found == [("cat/2", (), "cat"), ("cat/old/3", (), "cat"), ("dog/1", (), "dog")]
+    assert found == [("cat/2.png", (), "cat"), ("cat/old/3.png", (), "cat"), ("dog/1.png", (), "dog")]
 
 
 def test_a_plain_folder_and_image_files_have_neither(images: Path) -> None:
     for path in (images, f"{images}/*.png", [images / f"{i}.png" for i in range(3)]):
         source = open_source(path)
         assert (source.kind, len(source)) == ("images", 3)
-        assert [(r.key, r.captions, r.label) for r in source] == [(str(i), (), None) for i in range(3)]
+        assert [(r.key, r.captions, r.label) for r in source] == [(f"{i}.png", (), None) for i in range(3)]
 
 
 def test_shards_are_a_source(tmp_path: Path) -> None:

@@ -62,6 +62,41 @@ def test_a_run_folder_is_not_overwritten_by_accident(make_config):
     assert [p.name for p in (Path(config.run.dir) / "checkpoints").iterdir()] == ["step_2"]
 
 
+def test_a_refused_resume_leaves_the_run_as_it_was(make_config):
+    config = make_config()
+    pretrain(config, stop_after=2, quiet=True)
+    before = {p.name: p.read_bytes() for p in Path(config.run.dir).iterdir() if p.is_file()}
+    with pytest.raises(UserError):
+        pretrain(make_config("model.text.width=64"), resume=True, quiet=True)
+    assert {p.name: p.read_bytes() for p in Path(config.run.dir).iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("mistake", ["data.train=nowhere", "model.image.name=nothing", "train.global_batch=41"])
+def test_a_mistake_deletes_nothing_of_the_run_that_was_to_be_overwritten(make_config, mistake):
+    config = make_config()
+    pretrain(config, stop_after=2, quiet=True)
+    before = sorted(str(p) for p in Path(config.run.dir).rglob("*"))
+    with pytest.raises(UserError):
+        pretrain(make_config(mistake), overwrite=True, quiet=True)
+    assert sorted(str(p) for p in Path(config.run.dir).rglob("*")) == before
+
+
+def test_a_changed_learning_rate_holds_after_resuming(make_config):
+    pretrain(make_config(), stop_after=4, quiet=True)
+    config = make_config("optim.lr=1e-30", "optim.weight_decay=0.0")
+    pretrain(config, resume=True, stop_after=7, quiet=True)
+    folder = Path(config.run.dir) / "checkpoints"
+    before, after = (load_file(folder / f"step_{n}" / "model.safetensors") for n in (4, 7))
+    assert torch.equal(before["text.embedding.weight"], after["text.embedding.weight"])
+
+
+def test_weights_that_are_not_finite_are_not_saved(make_config):
+    config = make_config("optim.lr=1e30", "optim.clip=null", "optim.warmup=0", "track.log_every=100")
+    with pytest.raises(UserError, match="not finite after step 1; nothing was saved"):
+        pretrain(config, stop_after=1, quiet=True)
+    assert not list((Path(config.run.dir) / "checkpoints").glob("step_*"))
+
+
 def test_nothing_to_resume_from_is_said(make_config):
     with pytest.raises(UserError, match="no checkpoint to go on from"):
         pretrain(make_config(), resume=True, quiet=True)
