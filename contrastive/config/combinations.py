@@ -91,7 +91,7 @@ def _evaluation(config: Config) -> Iterator[Problem]:
     if every is not None and config.data.validation is None:
         line = f"eval.every: {every} needs data.validation, which is null; set that, or eval.every to null"
         yield ("eval.every", "data.validation"), line
-    names: set[str] = set()
+    names = {"validation", "training", "report"}  # the other parts of the results
     for i, labelled in enumerate(config.eval.labelled):
         where = f"eval.labelled[{i}]"
         if "probe" in labelled.tasks and labelled.train is None:
@@ -100,6 +100,6 @@ def _evaluation(config: Config) -> Iterator[Problem]:
         if labelled.name in names:
             yield (
                 (f"{where}.name",),
-                f"{where}.name: '{labelled.name}' names another set too; choose another name",
+                f"{where}.name: '{labelled.name}' is taken; choose another name",
             )
         names.add(labelled.name)

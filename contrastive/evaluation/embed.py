@@ -23,6 +23,7 @@ from torch import Tensor
 
 from contrastive.errors import UserError
 from contrastive.evaluation.protocol import Model, inference
+from contrastive.images import to_rgb
 from contrastive.shards import Record, Rejected, ShardIndex, Source, decode_image, open_source
 
 Images = str | PathLike[str] | Source | ShardIndex | Sequence[Any]
@@ -242,7 +243,7 @@ def _decoded(
 def _decode(numbered: tuple[int, Any]) -> tuple[Record, Image.Image | Rejected]:
     number, item = numbered
     if isinstance(item, Image.Image):
-        return Record(f"image {number}", None), item.convert("RGB")
+        return Record(f"image {number}", None), to_rgb(item)
     if not isinstance(item, Record):
         try:
             item = Record(str(item), Path(item).read_bytes())
