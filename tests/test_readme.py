@@ -33,6 +33,8 @@ def laid_out(tmp_path_factory) -> Path:
     corpus = write_corpus(folder / "corpus")
     recipe = write_recipe(corpus, folder / "tiny.yaml")
     assert main(["train", str(recipe), f"run.dir={folder}/runs/pictograms"]) == 0
+    (folder / "runs" / "mine").mkdir()
+    shutil.copy(folder / "runs" / "pictograms" / "config.yaml", folder / "runs" / "mine" / "config.yaml")
     shutil.copytree(corpus / "images", folder / "photos", ignore=shutil.ignore_patterns("*.txt"))
     shutil.copy(corpus / "images" / "000.png", folder / "photo.png")
     (folder / "labels.txt").write_text("red square\nblue square\n")
