@@ -33,7 +33,15 @@ from contrastive.evaluation import (
 )
 from contrastive.models import TwoTower, load, reinitialised, save_model, train_tokenizer
 from contrastive.shards import ShardIndex, open_cache, open_index
-from contrastive.training import Trainer, append_metrics, check_identity, environment, list_checkpoints, read_metrics
+from contrastive.training import (
+    LINE_EVERY_SECONDS,
+    Trainer,
+    append_metrics,
+    check_identity,
+    environment,
+    list_checkpoints,
+    read_metrics,
+)
 
 # What a run writes; `--overwrite` deletes these and nothing else.
 WRITTEN = (
@@ -202,7 +210,15 @@ def frozen_features(model: TwoTower, index: ShardIndex, accelerator: Accelerator
     if not model.text.cuts_text:
         raise UserError(f"data.cache: features cannot be taken from the text tower of {model.name}; use pixels or none")
     accelerator.print(f"running the locked towers once over {len(index):,} pairs", flush=True)
-    found = embed(model.to(accelerator.device), index, features="tower")
+    started = last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= LINE_EVERY_SECONDS or done == total:
+            last, rate = now, done / (now - started)
+            accelerator.print(f"  {done:,} of {total:,} images · {rate:,.0f} images/s", flush=True)
+
+    found = embed(model.to(accelerator.device), index, features="tower", progress=show)
     assert found.text is not None, "the index holds no sample without a caption"
     valid = np.array([index.key(i) not in found.failures for i in range(len(index))])
     assert valid.sum() == len(found.keys)

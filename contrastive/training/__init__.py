@@ -2,11 +2,13 @@
 
 from contrastive.training.checkpoint import check_identity, list_checkpoints
 from contrastive.training.optimizer import adamw
+from contrastive.training.progress import LINE_EVERY_SECONDS
 from contrastive.training.schedule import Duration, Schedule
 from contrastive.training.tracking import append_metrics, environment, read_metrics
 from contrastive.training.trainer import NonFinite, Trainer
 
 __all__ = [
+    "LINE_EVERY_SECONDS",
     "Duration",
     "NonFinite",
     "Schedule",
