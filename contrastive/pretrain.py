@@ -50,6 +50,9 @@ WRITTEN = (
 )  # fmt: skip
 
 
+TASK_NAMES = {"zeroshot": "zero-shot", "probe": "probes"}  # as the seconds of each part are headed
+
+
 def pretrain(
     config: Config,
     *,
@@ -77,6 +80,7 @@ def pretrain(
     accelerator = build_accelerator(config)
     # Everything that can be wrong is looked at before the first thing is written or deleted.
     checkpoint = find_start(run_dir, resume=resume, overwrite=overwrite)
+    check_shards(config)
     check_labelled_sets(config)
     with accelerator.main_process_first():  # one process builds the index, the others read it
         train_index = open_index(config.data.train)
@@ -153,6 +157,14 @@ def clear(run_dir: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def check_shards(config: Config) -> None:
+    """Name the key of a folder that is not there, and what makes it."""
+    for key, folder in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        if folder is not None and not Path(folder).exists():
+            way = f"make it with `contrastive shard SOURCE {folder}`, shipped sets with `python data/SET/prepare.py`"
+            raise UserError(f"{key}: {folder} does not exist; {way}")
 
 
 def check_labelled_sets(config: Config) -> None:
@@ -256,7 +268,11 @@ def evaluate(
     def add(found: Evaluation) -> None:
         name = found.results["name"]
         results["sets"][name] = found.results
-        results["seconds"][name] = found.results["seconds"]
+        if found.results["kind"] == "pairs":
+            results["seconds"][name] = found.results["seconds"]
+        for task in ("zeroshot", "probe"):
+            if task in found.results and "seconds" in found.results[task]:
+                results["seconds"][f"{name} {TASK_NAMES[task]}"] = found.results[task]["seconds"]
         examples[name] = found.examples
         write()  # after each set: a later one that fails takes nothing with it
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn, Protocol, cast
@@ -37,6 +38,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 2 for the user's mistake, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # One line a warning: the place in our code says nothing to whoever typed a command.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         if not argv or argv[0].startswith("-"):
             return _overview(argv)

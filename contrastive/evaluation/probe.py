@@ -143,6 +143,7 @@ class LinearProbe:
         fitted, held = _split(target, self.validation, self.seed)
         problem = SoftmaxRegression(features[fitted], target[fitted], len(self.classes_))
         accuracy: dict[float, float] = {}
+        losses: dict[float, float] = {}
         solutions: dict[float, tuple[Any, Any]] = {}
 
         def measure(strength: float) -> float:
@@ -154,10 +155,12 @@ class LinearProbe:
             )
             logits = features[held] @ coef.T + intercept
             accuracy[strength] = float((logits.argmax(axis=1) == target[held]).mean())
-            return float(-log_softmax(logits, axis=1)[np.arange(len(held)), target[held]].mean())
+            losses[strength] = float(-log_softmax(logits, axis=1)[np.arange(len(held)), target[held]].mean())
+            return losses[strength]
 
         def best() -> float:
-            return max(sorted(accuracy), key=lambda strength: accuracy[strength])
+            # of equally accurate ones the most probable: on an easy set every strength is right, few are confident
+            return max(accuracy, key=lambda strength: (accuracy[strength], -losses[strength]))
 
         if self.C is not None:
             for strength in sorted(_positive(float(c)) for c in self.C):  # type: ignore[union-attr]

@@ -37,7 +37,10 @@ def read_templates(spec: str | Path | Sequence[str] | None) -> tuple[str, ...]:
         path = Path(spec)
         if not path.is_file():
             raise UserError(f"templates: '{spec}' is neither a file nor one of {', '.join(BUILT_IN)}")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"templates: {path} is not UTF-8; save it as UTF-8") from None
         templates = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
         where = f"templates in {path}"
     else:

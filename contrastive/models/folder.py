@@ -131,7 +131,7 @@ def load(path_or_name: str | Path, *, device: str | torch.device | None = None) 
     else:
         name, _, weights = name.partition(":")
         if "/" in name or "\\" in name:
-            raise UserError(f"{path}: no such folder, and open_clip names have no slash")
+            raise UserError(f"{path}: no such run or model folder")
         model = open_clip_model(name, pretrained=weights or None)
         if not weights:
             warnings.warn(

@@ -137,7 +137,7 @@ def open_clip_model(
         if known is None:
             near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise UserError(f"model.name: open_clip has no model {name!r}{hint}")
+            raise UserError(f"model {name!r}: open_clip has none of that name{hint}")
         config = known
     if known is not None and known == config:
         registered = name

@@ -60,7 +60,8 @@ def _geometry(image: Image.Image, size: int, augment: Augment, u: Sequence[float
     crop_width, crop_height = math.sqrt(area * aspect), math.sqrt(area / aspect)
     shrink = min(1.0, width / crop_width, height / crop_height)  # keeps the aspect where the crop would not fit
     crop_width, crop_height = crop_width * shrink, crop_height * shrink
-    left, top = u[2] * (width - crop_width), u[3] * (height - crop_height)
+    # max: where the crop is as wide as the image, rounding makes the difference -1e-15, which PIL refuses
+    left, top = u[2] * max(0.0, width - crop_width), u[3] * max(0.0, height - crop_height)
     angle = math.radians(augment.rotate * (2 * u[4] - 1))
     if angle == 0:
         box = (left, top, min(left + crop_width, width), min(top + crop_height, height))

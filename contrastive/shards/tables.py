@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,10 @@ class TableSource(Source):
         label: str | None,
     ) -> None:
         self.files = files
-        self.columns = self._read_columns()
+        try:
+            self.columns = self._read_columns()
+        except UnicodeDecodeError:
+            raise UserError(f"{self.files[0]}: not UTF-8; save it as UTF-8") from None
         self.image_column = self._find("image", image, IMAGE_NAMES)
         self.caption_column = self._find("caption", caption, CAPTION_NAMES)
         self.label_column = self._find("label", label, LABEL_NAMES)
@@ -180,7 +183,7 @@ class JsonLinesSource(TableSource):
     def _rows(self) -> Iterator[tuple[Path, Mapping[str, Any]]]:
         for path in self.files:
             with open(path, encoding="utf-8-sig") as file:
-                for number, line in enumerate(file, 1):
+                for number, line in enumerate(_utf8_lines(file, path), 1):
                     if not line.strip():
                         continue
                     try:
@@ -208,3 +211,10 @@ def _image(table: Path, value: Any) -> bytes | None:
 
 def _one_line(fault: Exception) -> str:
     return str(fault).split("\n")[0]
+
+
+def _utf8_lines(file: Iterable[str], path: Path) -> Iterator[str]:
+    try:
+        yield from file
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; save it as UTF-8") from None

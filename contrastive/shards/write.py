@@ -104,7 +104,11 @@ def _write(source: Iterable[Record], folder: Path, samples_per_shard: int) -> Ma
             tar.close()
     if not keys:
         found = ", ".join(f"{count} with {reason}" for reason, count in skipped.items()) or "no rows"
-        raise UserError(f"nothing to write: {found}; every pair needs an image and a caption (which column?)")
+        columns = getattr(source, "columns", [])
+        remedy = f"name the columns with --image and --caption; columns: {', '.join(columns)}"
+        if not columns:
+            remedy = "every image needs a caption, as a .txt file of the same name"
+        raise UserError(f"nothing to write: {found}; {remedy}")
     return Manifest(len(keys), shards, dict(sorted(skipped.items())), len(keys) - len(captions))
 
 

@@ -72,7 +72,13 @@ def test_the_sweep_finds_a_strength_as_good_as_an_exhaustive_one():
         for c in np.logspace(-4, 3, 15)
     ]
     assert swept.score(test_features, test_target) >= max(scores) - 0.05
-    assert swept.C_ == max(swept.validation_curve_, key=lambda point: (point[1], -point[0]))[0]
+    assert dict(swept.validation_curve_)[swept.C_] == max(accuracy for _, accuracy in swept.validation_curve_)
+
+
+def test_of_equally_accurate_strengths_a_confident_one_is_chosen():
+    features = np.concatenate([np.full((30, 4), -1.0), np.full((30, 4), 1.0)])
+    probe = LinearProbe().fit(features, ["a"] * 30 + ["b"] * 30)
+    assert probe.predict_proba(features).max(axis=1).min() > 0.9
 
 
 def test_a_grid_is_tried_whole_and_refitted_to_all_samples():

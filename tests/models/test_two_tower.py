@@ -106,7 +106,7 @@ def test_a_bare_open_clip_name_says_that_its_weights_are_random():
 
 
 @pytest.mark.parametrize(("prepare", "words"), [
-    (lambda p: None, "no such folder"),
+    (lambda p: None, "no such run or model folder"),
     (lambda p: p.mkdir(), "no model here"),
     (lambda p: p.write_text("x"), "is a file"),
 ])  # fmt: skip

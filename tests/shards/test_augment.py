@@ -129,3 +129,15 @@ def test_colors_are_those_of_step_by_step_arithmetic(u: list[float]) -> None:
 def test_a_setting_out_of_range_is_named(options: dict[str, object]) -> None:
     with pytest.raises(UserError, match=f"augment.{next(iter(options))}"):
         Augment(**options)  # type: ignore[arg-type]
+
+
+@settings(max_examples=300)
+@given(
+    st.integers(1, 130),
+    st.integers(1, 130),
+    st.lists(st.floats(0, 1, exclude_max=True), min_size=DRAWS, max_size=DRAWS),
+    st.sampled_from([0.0, 10.0]),
+)
+def test_an_image_of_any_shape_can_be_changed(width: int, height: int, u: list[float], rotate: float) -> None:
+    augment = Augment(crop=(0.5, 1.0), ratio=4 / 3, color=0.3, tint=0.5, rotate=rotate)
+    assert augment_image(noise(width, height), 16, augment, u).size == (16, 16)

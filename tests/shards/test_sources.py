@@ -185,3 +185,13 @@ def test_wrong_paths_end_in_one_line(tmp_path: Path) -> None:
 def test_naming_a_column_of_an_image_folder_is_an_error(images: Path) -> None:
     with pytest.raises(UserError, match="columns can be named for a table only"):
         open_source(images, caption="text")
+
+
+def test_a_table_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    for name, text in {
+        "a.csv": "image,caption\n0.png,café\n",
+        "b.jsonl": '{"image": "0.png", "caption": "café"}\n',
+    }.items():
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match=f"{name}.*UTF-8"):
+            list(open_source(tmp_path / name))
