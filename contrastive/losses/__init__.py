@@ -20,9 +20,49 @@ The result is a dict: `"loss"`, a 0-d tensor with a graph, and detached 0-d tens
 its *mean over the ranks* is the value on the whole global batch, and averaging parameter gradients
 over ranks, as DDP does, gives the gradient of the plain global loss, for towers, scale and bias alike.
 The arithmetic is done in float32, under autocast too, or in float64 if the features are float64.
+
+Most losses share three options:
+
+tile
+    "auto" goes over the B x B logits in tiles, so that none is ever stored but one tile; a batch that is a single
+    tile is not computed twice. A number is the side of a tile. None is the plain formula on `(n, B)` matrices with
+    torch's own gradient, which the tiled way equals to rounding, and which has second derivatives.
+exchange
+    How ranks see each other's captions when tiled: "gather" all at once, or "ring", one block at a time; "auto"
+    gathers up to 1 GiB.
+check
+    Whether to look at norms and scale: True, False, or None for "on a CPU".
+
+`docs/losses.md` tables them all: when to use which, memory, bytes between processes, sources.
 """
 
+from contrastive.losses.combined import CustomLoss, WeightedSum, needs_of
+from contrastive.losses.contract import Loss
+from contrastive.losses.cyclip import CyCLIP, cyclip
+from contrastive.losses.dcl import DCL, dcl
+from contrastive.losses.distillation import Distillation, distillation
 from contrastive.losses.infonce import InfoNCE, infonce
 from contrastive.losses.margin import Margin, margin
+from contrastive.losses.siglip import SigLIP, siglip
+from contrastive.losses.sogclr import SogCLR, sogclr
 
-__all__ = ["InfoNCE", "Margin", "infonce", "margin"]
+__all__ = [
+    "DCL",
+    "CustomLoss",
+    "CyCLIP",
+    "Distillation",
+    "InfoNCE",
+    "Loss",
+    "Margin",
+    "SigLIP",
+    "SogCLR",
+    "WeightedSum",
+    "cyclip",
+    "dcl",
+    "distillation",
+    "infonce",
+    "margin",
+    "needs_of",
+    "siglip",
+    "sogclr",
+]

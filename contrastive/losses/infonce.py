@@ -1,15 +1,18 @@
 """InfoNCE: each image finds its caption among all captions of the global batch, and each caption its image.
 
-Legend: n rows of this rank, B rows in all, D feature width.
+Legend: n rows of this rank, B rows in all; r x c a tile, r of the n rows and c of the B columns.
 """
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from contrastive.errors import UserError
-from contrastive.losses.gather import check_same_caption, gather_batch
+from contrastive.losses.contract import Loss, check_same_caption, check_tiling
+from contrastive.losses.gather import GlobalBatch, global_batch
+from contrastive.losses.softmax import SoftmaxKernel
+from contrastive.losses.tiled import Tile, tiled_loss
 
 CHOICES = ("negative", "ignore", "positive")
 
@@ -25,6 +28,9 @@ def infonce(
     *,
     same_caption: str = "negative",
     label_smoothing: float = 0.0,
+    tile: int | str | None = "auto",
+    exchange: str = "auto",
+    check: bool | None = None,
 ) -> dict[str, Tensor]:
     """Symmetric cross-entropy of `scale * image @ text.T`; arguments as in `contrastive.losses`.
 
@@ -39,57 +45,64 @@ def infonce(
       "positive": the target is uniform over all rows of the same id, as in supervised contrastive learning.
     label_smoothing: this share of the target is spread evenly over all columns that take part in the row.
 
-    Returns "loss" and "accuracy" (the share of images whose most similar caption is theirs).
-    Memory a rank: two n x B blocks and what backward keeps of them. Communication: the features, once.
+    Returns "loss" and "accuracy" (the share of images more similar to their caption than to any other; captions that
+    are ignored or positives do not count as others).
     Raises UserError for shapes that do not fit, for `ids` missing where `same_caption` needs them.
 
     Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020), figure 3;
     several positives: Khosla et al. 2020 (arXiv:2004.11362), equation 2.
     """
     check_same_caption(same_caption, CHOICES, ids)
+    check_tiling(tile, exchange)
     if not 0 <= label_smoothing < 1:
         raise UserError(f"label_smoothing {label_smoothing}: choose a share from 0 up to, not including, 1")
     with torch.autocast(image.device.type, enabled=False):
-        batch = gather_batch(image, text, scale, bias, ids, group, valid)
-        logits_image_nB = (batch.scale * batch.image_nD) @ batch.text_BD.T
-        if batch.world == 1:
-            logits_text_nB = logits_image_nB.T
-        else:
-            logits_text_nB = (batch.scale * batch.text_nD) @ batch.image_BD.T
+        batch = global_batch(image, text, scale, bias, ids, group, valid, check)
+        if tile is None:
+            return _plain(batch, same_caption, label_smoothing)
+        loss, kernel = tiled_loss(
+            batch, lambda b: InfoNCEKernel(b, same_caption, label_smoothing), tile=tile, exchange=exchange
+        )
+        return {"loss": loss, "accuracy": kernel.accuracy()}
 
-        same_nB = None if same_caption == "negative" else batch.same_id()
-        left_out = None if batch.valid_B is None else ~batch.valid_B[None, :]
-        if same_caption == "ignore" and same_nB is not None:
-            left_out = same_nB if left_out is None else same_nB | left_out
-        if left_out is not None:
-            # an infinite logit has no share in the softmax, and masked_fill stops its gradient
-            logits_image_nB = logits_image_nB.masked_fill(left_out, -torch.inf)
-            logits_text_nB = logits_text_nB.masked_fill(left_out, -torch.inf)
 
-        if same_caption == "positive" or label_smoothing > 0:
-            positive_nB = F.one_hot(batch.own, batch.image_BD.shape[0]).bool()
-            if same_caption == "positive" and same_nB is not None:
-                positive_nB = positive_nB | same_nB
-            if left_out is None:
-                left_out = torch.zeros_like(positive_nB)
-            target_nB = (1 - label_smoothing) * _uniform(positive_nB & ~left_out, batch.scale.dtype)
-            target_nB += label_smoothing * _uniform((~left_out).expand_as(positive_nB), batch.scale.dtype)
-            per_anchor_n = _soft_cross_entropy(logits_image_nB, target_nB, left_out)
-            per_anchor_n = per_anchor_n + _soft_cross_entropy(logits_text_nB, target_nB, left_out)
-        else:
-            positive_nB = None
-            # the own column of a row that is not valid is left out; -100 is cross_entropy's "skip this row"
-            target_n = batch.own if valid is None else batch.own.masked_fill(~valid, -100)
-            per_anchor_n = F.cross_entropy(logits_image_nB, target_n, reduction="none")
-            per_anchor_n = per_anchor_n + F.cross_entropy(logits_text_nB, target_n, reduction="none")
+def _plain(batch: GlobalBatch, same_caption: str, label_smoothing: float) -> dict[str, Tensor]:
+    """The formula on `(n, B)` logits, with torch's own gradient."""
+    logits_image_nB, logits_text_nB = (batch.scale * s_nB for s_nB in batch.similarities())
+    same_nB = None if same_caption == "negative" else batch.same_id()
+    left_out = None if batch.valid_B is None else ~batch.valid_B[None, :]
+    if same_caption == "ignore" and same_nB is not None:
+        left_out = same_nB if left_out is None else same_nB | left_out
+    if left_out is not None:
+        # an infinite logit has no share in the softmax, and masked_fill stops its gradient
+        logits_image_nB = logits_image_nB.masked_fill(left_out, -torch.inf)
+        logits_text_nB = logits_text_nB.masked_fill(left_out, -torch.inf)
 
-        loss = batch.keep_in_graph(batch.mean_over_anchors(per_anchor_n / 2))
-        with torch.no_grad():
-            best_n = logits_image_nB.argmax(dim=1)
-            right_n = best_n == batch.own
-            if positive_nB is not None:
-                right_n = positive_nB.gather(1, best_n[:, None])[:, 0]
-            return {"loss": loss, "accuracy": batch.mean_over_anchors(right_n.to(loss.dtype))}
+    if same_caption == "positive" or label_smoothing > 0:
+        positive_nB = F.one_hot(batch.own, batch.size).bool()
+        if same_caption == "positive" and same_nB is not None:
+            positive_nB = positive_nB | same_nB
+        if left_out is None:
+            left_out = torch.zeros_like(positive_nB)
+        target_nB = (1 - label_smoothing) * _uniform(positive_nB & ~left_out, batch.scale.dtype)
+        target_nB += label_smoothing * _uniform((~left_out).expand_as(positive_nB), batch.scale.dtype)
+        per_anchor_n = _soft_cross_entropy(logits_image_nB, target_nB, left_out)
+        per_anchor_n = per_anchor_n + _soft_cross_entropy(logits_text_nB, target_nB, left_out)
+    else:
+        # the own column of a row that is not valid is left out; -100 is cross_entropy's "skip this row"
+        target_n = batch.own if batch.valid_n is None else batch.own.masked_fill(~batch.valid_n, -100)
+        per_anchor_n = F.cross_entropy(logits_image_nB, target_n, reduction="none")
+        per_anchor_n = per_anchor_n + F.cross_entropy(logits_text_nB, target_n, reduction="none")
+
+    loss = batch.keep_in_graph(batch.mean_over_anchors(per_anchor_n / 2))
+    with torch.no_grad():
+        others_nB = logits_image_nB.scatter(1, batch.own[:, None], -torch.inf)
+        own_n = logits_image_nB.gather(1, batch.own[:, None])[:, 0]
+        if same_caption == "positive" and same_nB is not None:
+            own_n = torch.maximum(own_n, logits_image_nB.masked_fill(~same_nB, -torch.inf).amax(dim=1))
+            others_nB = others_nB.masked_fill(same_nB, -torch.inf)
+        right_n = own_n > others_nB.amax(dim=1)
+        return {"loss": loss, "accuracy": batch.mean_over_anchors(right_n.to(loss.dtype))}
 
 
 def _uniform(mask_nB: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,29 +115,81 @@ def _soft_cross_entropy(logits_nB: Tensor, target_nB: Tensor, left_out: Tensor) 
     return -(target_nB * logits_nB.log_softmax(dim=1).masked_fill(left_out, 0)).sum(dim=1)
 
 
-class InfoNCE(nn.Module):
+class InfoNCEKernel(SoftmaxKernel):
+    """Log-sum minus the target's mean logit; the target is the own column, or spread over several."""
+
+    def __init__(self, batch: GlobalBatch, same_caption: str, label_smoothing: float) -> None:
+        super().__init__(batch, leave_out_same=same_caption == "ignore")
+        self.positives, self.smoothing = same_caption == "positive", label_smoothing
+        self.target_n, self.target_B = torch.zeros_like(self.own_n), batch.scale.new_zeros(batch.size)
+        everyone = self.counted_B.sum()
+        # The target's weight of one positive, and of one column that takes part, for each anchor of the global batch;
+        # equal captions have equally many, so that the weight of a positive is the same for its row and its column.
+        alike_B = torch.ones_like(self.target_B)
+        if self.positives:
+            alike_B = (everyone - batch.negatives(leave_out_same=True)).clamp(min=1).to(alike_B.dtype)
+        parts = 1 + batch.negatives(leave_out_same=True) if self.leave_out_same else everyone
+        self.positive_weight_B = (1 - label_smoothing) / alike_B * self.counted_B
+        self.part_weight_B = self.counted_B.to(alike_B.dtype) * label_smoothing / parts
+
+    def observe(self, x_rc: Tensor, fixed_rc: Tensor | None, tile: Tile) -> None:
+        if self.positives or self.smoothing:
+            target_row_rc, target_column_rc = self._targets(x_rc, tile)
+            self.target_n[tile.rows] += (target_row_rc * x_rc).sum(dim=1)
+            self.target_B[tile.columns] += (target_column_rc * x_rc).sum(dim=0)
+        super().observe(x_rc, fixed_rc, tile)
+
+    def _targets(self, x_rc: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """`(r, c)` each: the target's weight of each pair for the anchor of its row, and for that of its column."""
+        first = self.batch.rows.start
+        rows = slice(first + tile.rows.start, first + tile.rows.stop)
+        part_rc = torch.ones_like(x_rc)
+        left_out_rc = self.left_out(tile)
+        if left_out_rc is not None:
+            part_rc.masked_fill_(left_out_rc, 0)
+        positive_rc = torch.zeros_like(x_rc)
+        if self.positives:
+            positive_rc += self.same(tile)
+        tile.own(positive_rc)[0].fill_(1)
+        positive_rc *= part_rc * self.positive_weight_B[rows, None]
+        row_rc = positive_rc + part_rc * self.part_weight_B[rows, None]
+        return row_rc, positive_rc + part_rc * self.part_weight_B[None, tile.columns]
+
+    def note_own_and_best(self, x_rc: Tensor, tile: Tile) -> None:
+        if not self.positives:
+            return super().note_own_and_best(x_rc, tile)
+        same_rc = self.same(tile)
+        own, rows = tile.own(x_rc)
+        best_same_r = x_rc.masked_fill(~same_rc, -torch.inf).amax(dim=1)
+        others_rc = x_rc.masked_fill(same_rc, -torch.inf)
+        self.own_n[tile.rows] = torch.maximum(self.own_n[tile.rows], best_same_r)
+        self.own_n[rows] = torch.maximum(self.own_n[rows], own)
+        tile.own(others_rc)[0].fill_(-torch.inf)
+        self.best_n[tile.rows] = torch.maximum(self.best_n[tile.rows], others_rc.amax(dim=1))
+
+    def settle(self) -> bool:
+        if self.positives or self.smoothing:
+            self.batch.sum_over_ranks(self.target_B)
+        else:
+            self.target_n = self.own_logit_n
+        return super().settle()
+
+    def loss(self) -> Tensor:
+        row_n, column_n = self.sums.log_sums(self.batch)
+        column_target_n = self.target_B[self.batch.rows] if self.positives or self.smoothing else self.own_logit_n
+        return self.batch.mean_over_anchors((row_n - self.target_n + column_n - column_target_n) / 2)
+
+    def slope(self, x_rc: Tensor, fixed_rc: Tensor | None, tile: Tile, fresh: bool) -> None:
+        if not (self.positives or self.smoothing):
+            return super().slope(x_rc, fixed_rc, tile, fresh)
+        if fresh:
+            self.exponentiate(x_rc, tile)
+        self.multiply(x_rc, self.row_factor_n[tile.rows], self.column_factor_B[tile.columns])
+        for target_rc in self._targets(x_rc, tile):
+            x_rc.sub_(target_rc.mul_(self.share))
+
+
+class InfoNCE(Loss):
     """`infonce` with its options bound; it has no parameters and no state."""
 
-    def __init__(self, same_caption: str = "negative", label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.same_caption = same_caption
-        self.label_smoothing = label_smoothing
-
-    def forward(
-        self,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        bias: Tensor | None = None,
-        ids: Tensor | None = None,
-        group: dist.ProcessGroup | None = None,
-        valid: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Call `infonce` with the bound options."""
-        return infonce(
-            image, text, scale, bias, ids, group, valid,
-            same_caption=self.same_caption, label_smoothing=self.label_smoothing,
-        )  # fmt: skip
-
-    def extra_repr(self) -> str:
-        return f"same_caption={self.same_caption!r}, label_smoothing={self.label_smoothing}"
+    function = staticmethod(infonce)
