@@ -21,6 +21,7 @@ from contrastive.models import CorpusTokenizer, TimmImageTower, TransformerTextT
 from contrastive.pretrain import pretrain
 from contrastive.training.caching import cached_backward, check_chunkable
 from tests.distributed.spawn import run_ranks
+from tests.distributed.test_training import train
 
 BOUNDS = pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
 # other shapes, other kernels, another order of summation: in float32 that alone is 2e-6
@@ -276,6 +277,12 @@ def test_two_processes_in_chunks_give_the_gradient_of_one_in_one_pass_and_averag
     for found, averaged in run_ranks(2, two_steps, dtype, 4):
         assert largest_error(found, expected) <= bound
         assert averaged == 2
+
+
+def test_a_run_on_two_processes_in_chunks_has_the_losses_of_the_run_on_one_without(corpus, tmp_path):
+    one = run_ranks(1, train, corpus, tmp_path / "one", [])[0]
+    two = run_ranks(2, train, corpus, tmp_path / "two", ["train.chunk=3"])[0]
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 # Beside open_clip
