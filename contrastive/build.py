@@ -231,7 +231,8 @@ def build_trainer(
         features: of all samples of `index`, where ``data.cache`` asks for them.
 
     Raises:
-        UserError: the global batch does not divide by the number of processes, or is larger than the data set.
+        UserError: the global batch does not divide by the number of processes, or is larger than the data set; the
+            model does not allow the chunks of ``train.chunk``.
     """
     world, batch = accelerator.num_processes, config.train.global_batch
     if batch > len(index):
@@ -284,6 +285,7 @@ def build_trainer(
             "seed": config.run.seed,
         },
         clip=config.optim.clip,
+        chunk=config.train.chunk,
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
         validate=validate,

@@ -108,8 +108,8 @@ data: {train: a, validation: b, workers: 1, cache: none, caption_variants: 0.5, 
 loss: {kind: margin, margin: 0.3, hardest: true, same_caption: negative}
 optim: {lr: 1.0e-3, weight_decay: 0.1, betas: [0.9, 0.98], eps: 1.0e-8, warmup: 5%, schedule: constant,
         clip: null}
-train: {minutes: 6, global_batch: 512, precision: bf16, gradient_checkpointing: true, channels_last: false,
-        threads: 2}
+train: {minutes: 6, global_batch: 512, chunk: 64, precision: bf16, gradient_checkpointing: true,
+        channels_last: false, threads: 2}
 checkpoint: {every: null, keep: 3}
 eval:
   every: 20%
@@ -236,6 +236,7 @@ def test_a_dumped_recipe_is_plain_yaml_to_others(recipe):
         ("data.train=''", 'data.train: expected text that is not empty (value "")'),
         ("checkpoint.every=x", 'checkpoint.every: expected a whole number or null (value "x")'),
         ("checkpoint.every=0", "checkpoint.every: expected a number of at least 1 or null (value 0)"),
+        ("train.chunk=0", "train.chunk: expected a number of at least 1 or null (value 0)"),
         ("optim.betas=[0.9]", "optim.betas: expected a list of 2 values"),
         ("optim.betas=[1, 2, 3]", "optim.betas: expected a list of 2 values (value [1, 2, 3])"),
         ("model.image.mean=[0, x, 0]", 'model.image.mean[1]: expected a number (value "x")'),

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from contrastive.training.caching import Output, cached_backward, check_chunkable
 from contrastive.training.optimizer import set_learning_rate
 
 LossFunction = Callable[..., dict[str, Tensor]]
@@ -23,6 +24,10 @@ class TrainStep:
             tower of the unwrapped model would leave that tower's gradients unaveraged over processes.
         loss: follows the loss contract; its value is such that averaged gradients are those of the global loss.
         clip: largest gradient norm, or None.
+        chunk: rows of a batch that go through the towers at once, see `cached_backward`; None for all.
+
+    Raises:
+        UserError: the model does not allow chunks, see `check_chunkable`.
     """
 
     def __init__(
@@ -33,6 +38,7 @@ class TrainStep:
         optimizer: Optimizer,
         *,
         clip: float | None,
+        chunk: int | None = None,
     ) -> None:
         self.accelerator, self.model, self.loss, self.optimizer, self.clip = (
             accelerator,
@@ -41,15 +47,28 @@ class TrainStep:
             optimizer,
             clip,
         )
+        self.chunk = chunk
         self.two_tower: Any = accelerator.unwrap_model(model)
+        if chunk is not None:
+            check_chunkable(self.two_tower.train(), chunk)
 
     def __call__(self, batch: Any, lr_factor: float) -> dict[str, Tensor]:
         device = self.accelerator.device
         set_learning_rate(self.optimizer, lr_factor)
-        out = self.model(batch.pixels.to(device), batch.tokens.to(device))
         valid = None if bool(batch.valid.all()) and self.accelerator.num_processes == 1 else batch.valid.to(device)
-        metrics = self.loss(out["image"], out["text"], out["scale"], out["bias"], ids=batch.ids.to(device), valid=valid)
-        self.accelerator.backward(metrics["loss"])
+        rest = {"ids": batch.ids.to(device), "valid": valid}
+        rest |= {name: getattr(batch, name).to(device) for name in getattr(self.loss, "needs", ())}
+
+        def loss(out: Output) -> dict[str, Tensor]:
+            return self.loss(out["image"], out["text"], out["scale"], out["bias"], **rest)
+
+        if self.chunk is None:
+            metrics = loss(self.model(batch.pixels.to(device), batch.tokens.to(device)))
+            self.accelerator.backward(metrics["loss"])
+        else:
+            metrics = cached_backward(
+                self.model, batch.pixels, batch.tokens, loss, chunk=self.chunk, backward=self.accelerator.backward
+            )
         if self.clip is not None:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
             if norm is not None:

@@ -39,6 +39,7 @@ class Trainer:
 
     Args:
         make_loader: ``start_step -> iterable of batches``; batches are a pure function of the step.
+        chunk: rows that a process puts through the towers at once, see `TrainStep`.
         identity: what a checkpoint must have in common with this run to be resumed (JSON).
         validate: ``two-tower model -> {name: share of 1}``, called on the main process every `validate_every` (a
             number of steps, or a share of the run between 0 and 1; None for never).
@@ -58,6 +59,7 @@ class Trainer:
         global_batch: int,
         identity: dict[str, Any],
         clip: float | None = 1.0,
+        chunk: int | None = None,
         checkpoint_every: int | None = None,
         keep: int = 2,
         validate: Validate | None = None,
@@ -72,7 +74,7 @@ class Trainer:
             make_loader,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.train_step = TrainStep(accelerator, self.model, loss, self.optimizer, clip=clip)
+        self.train_step = TrainStep(accelerator, self.model, loss, self.optimizer, clip=clip, chunk=chunk)
         self.run_dir, self.global_batch, self.identity = run_dir, global_batch, identity
         self.checkpoint_every, self.keep = checkpoint_every, keep
         self.validate, self.validate_every = validate, validate_every
