@@ -101,9 +101,9 @@ def make_batch(n: int, length: int) -> Batch:
     tokens = torch.randint(1, END_OF_TEXT - 1, (n, length))
     tokens[:, -1] = END_OF_TEXT
     pixels = torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8)
-    return Batch(
-        pixels, tokens, ids=torch.arange(n), valid=torch.ones(n, dtype=torch.bool), keys=[str(i) for i in range(n)]
-    )
+    number = torch.arange(n)
+    valid = torch.ones(n, dtype=torch.bool)
+    return Batch(pixels, tokens, ids=number, samples=number, valid=valid, keys=[str(i) for i in range(n)])
 
 
 def peak_gib() -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,16 +18,34 @@ from torch import nn
 
 from contrastive.config import (
     Config,
+    CustomLossConfig,
+    CyCLIPConfig,
+    DCLConfig,
+    DistillationConfig,
     HuggingFaceTextConfig,
     HuggingFaceTokenizerConfig,
     InfoNCEConfig,
+    MarginConfig,
     OpenClipModelConfig,
     OpenClipTokenizerConfig,
     PairModelConfig,
+    SigLIPConfig,
+    SogCLRConfig,
     TrainedTokenizerConfig,
+    terms_of,
 )
 from contrastive.errors import UserError
-from contrastive.losses import InfoNCE, Margin
+from contrastive.losses import (
+    DCL,
+    CustomLoss,
+    CyCLIP,
+    Distillation,
+    InfoNCE,
+    Margin,
+    SigLIP,
+    SogCLR,
+    WeightedSum,
+)
 from contrastive.models import (
     CorpusTokenizer,
     HuggingFaceTextTower,
@@ -178,12 +196,52 @@ def resolve_path(path: str) -> str:
     return str(Path(next(iter(spec.submodule_search_locations))) / inside)
 
 
-def build_loss(config: Config) -> nn.Module:
-    """The loss of a recipe."""
-    loss = config.loss
-    if isinstance(loss, InfoNCEConfig):
-        return InfoNCE(same_caption=loss.same_caption, label_smoothing=loss.label_smoothing)
-    return Margin(margin=loss.margin, hardest=loss.hardest, same_caption=loss.same_caption)
+class Teacher(NamedTuple):
+    """What a teacher makes of the training set: rows as in the index, L2-normalised; and its logit scale."""
+
+    image: torch.Tensor
+    text: torch.Tensor
+    scale: float
+
+
+def build_loss(config: Config, samples: int, teachers: Mapping[str, Teacher]) -> nn.Module:
+    """The loss of a recipe.
+
+    Args:
+        samples: the size of the training set, for a loss that keeps something for each sample.
+        teachers: by the name that the recipe gives them.
+    """
+    terms = [(_build_term(term, samples, teachers), term.weight) for term in terms_of(config.loss)]
+    if not isinstance(config.loss, tuple):
+        return terms[0][0]
+    kinds = [term.kind for term in config.loss]
+    names = [f"{kind}{i}" if kinds.count(kind) > 1 else kind for i, kind in enumerate(kinds)]
+    return WeightedSum([(name, loss, weight) for name, (loss, weight) in zip(names, terms, strict=True)])
+
+
+def _build_term(term: Any, samples: int, teachers: Mapping[str, Teacher]) -> nn.Module:
+    options = term.model_dump(exclude={"kind", "weight"})
+    match term:
+        case InfoNCEConfig():
+            return InfoNCE(**options)
+        case DCLConfig():
+            return DCL(**options)
+        case SigLIPConfig():
+            return SigLIP(**options)
+        case MarginConfig():
+            return Margin(**options)
+        case CyCLIPConfig():
+            return CyCLIP(**options)
+        case SogCLRConfig():
+            return SogCLR(samples, **options)
+        case DistillationConfig():
+            teacher = teachers[options.pop("teacher")]
+            options["teacher_scale"] = options["teacher_scale"] or teacher.scale
+            return Distillation(teacher.image, teacher.text, **options)
+        case CustomLossConfig():
+            return CustomLoss(term.path, term.args)
+        case _:
+            raise AssertionError(term)
 
 
 def build_augment(config: Config) -> Augment:
@@ -222,6 +280,7 @@ def build_trainer(
     index: ShardIndex,
     *,
     features: FrozenFeatures | None = None,
+    teachers: Mapping[str, Teacher] | None = None,
     validate: Callable[[Any], dict[str, float]] | None = None,
     quiet: bool = False,
 ) -> Trainer:
@@ -229,6 +288,7 @@ def build_trainer(
 
     Args:
         features: of all samples of `index`, where ``data.cache`` asks for them.
+        teachers: those that the recipe's loss names, see `build_loss`.
 
     Raises:
         UserError: the global batch does not divide by the number of processes, or is larger than the data set; the
@@ -263,7 +323,7 @@ def build_trainer(
     return Trainer(
         accelerator,
         network,
-        build_loss(config),
+        build_loss(config, len(index), teachers or {}),
         adamw(
             network,
             lr=config.optim.lr,

@@ -16,9 +16,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from numpy.typing import NDArray
 
-from contrastive.build import FrozenFeatures, build_accelerator, build_model, build_trainer, wants_training
-from contrastive.config import Config, dump_yaml
+from contrastive.build import (
+    FrozenFeatures,
+    Teacher,
+    build_accelerator,
+    build_model,
+    build_trainer,
+    wants_training,
+)
+from contrastive.config import Config, DistillationConfig, dump_yaml, terms_of
 from contrastive.errors import UserError
 from contrastive.evaluation import (
     Evaluation,
@@ -97,6 +105,7 @@ def pretrain(
         model,
         train_index,
         features=frozen_features(model, train_index, accelerator) if config.data.cache == "features" else None,
+        teachers=teachers_of(config, train_index, accelerator),
         validate=validation(validation_index, config.data.workers),
         quiet=quiet,
     )
@@ -209,7 +218,7 @@ def summary(config: Config, model: TwoTower, index: ShardIndex, accelerator: Acc
         f"data    {len(index):,} pairs in {config.data.train}; global batch {batch}"
         f"{f' = {world} processes x {batch // world}' if world > 1 else ''}, {len(index) / batch:.1f} steps an epoch\n"
         f"run     {config.run.dir} on {accelerator.device}, precision {accelerator.mixed_precision}, "
-        f"loss {config.loss.kind}"
+        f"loss {' + '.join(term.kind for term in terms_of(config.loss))}"
     )
 
 
@@ -221,7 +230,29 @@ def frozen_features(model: TwoTower, index: ShardIndex, accelerator: Accelerator
     """
     if not model.text.cuts_text:
         raise UserError(f"data.cache: features cannot be taken from the text tower of {model.name}; use pixels or none")
-    accelerator.print(f"running the locked towers once over {len(index):,} pairs", flush=True)
+    return FrozenFeatures(*run_once(model.to(accelerator.device), index, accelerator, "the locked towers", "tower"))
+
+
+def teachers_of(config: Config, index: ShardIndex, accelerator: Accelerator) -> dict[str, Teacher]:
+    """Run the teachers that the recipe's loss names once over the data set; every process does it for itself.
+
+    A teacher sees each image whole, whatever the student's augmentation makes of it.
+    """
+    names = {term.teacher for term in terms_of(config.loss) if isinstance(term, DistillationConfig)}
+    teachers = {}
+    for name in sorted(names):
+        model = load(name, device=accelerator.device)
+        image, text, _ = run_once(model, index, accelerator, f"the teacher {name}", "projected")
+        scale = float(model.logit_scale.detach().exp())
+        teachers[name] = Teacher(torch.from_numpy(image), torch.from_numpy(text), scale)
+    return teachers
+
+
+def run_once(
+    model: TwoTower, index: ShardIndex, accelerator: Accelerator, what: str, features: str
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    """Features of every image and first caption of `index`, rows as there; False where an image cannot be read."""
+    accelerator.print(f"running {what} once over {len(index):,} pairs", flush=True)
     started = last = time.monotonic()
 
     def show(done: int, total: int) -> None:
@@ -230,13 +261,13 @@ def frozen_features(model: TwoTower, index: ShardIndex, accelerator: Accelerator
             last, rate = now, done / (now - started)
             accelerator.print(f"  {done:,} of {total:,} images · {rate:,.0f} images/s", flush=True)
 
-    found = embed(model.to(accelerator.device), index, features="tower", progress=show)
+    found = embed(model, index, features=features, progress=show)
     assert found.text is not None, "the index holds no sample without a caption"
     valid = np.array([index.key(i) not in found.failures for i in range(len(index))])
     assert valid.sum() == len(found.keys)
     image, text = (np.zeros((len(index), part.shape[1]), np.float32) for part in (found.image, found.text))
     image[valid], text[valid] = found.image, found.text
-    return FrozenFeatures(image, text, valid)
+    return image, text, valid
 
 
 def validation(index: ShardIndex | None, workers: int) -> Callable[[Any], dict[str, float]] | None:

@@ -105,7 +105,7 @@ model:
   logit_bias: -10
 data: {train: a, validation: b, workers: 1, cache: none, caption_variants: 0.5, augment: {crop: [0.5, 1.0],
        ratio: 1.3333, flip: 0.5, rotate: 10, color: 0.1, grayscale: 0.1, tint: 0.1}}
-loss: {kind: margin, margin: 0.3, hardest: true, same_caption: negative}
+loss: {kind: margin, margin: 0.3, negatives: hardest, same_caption: negative}
 optim: {lr: 1.0e-3, weight_decay: 0.1, betas: [0.9, 0.98], eps: 1.0e-8, warmup: 5%, schedule: constant,
         clip: null}
 train: {minutes: 6, global_batch: 512, chunk: 64, precision: bf16, gradient_checkpointing: true,
@@ -121,7 +121,7 @@ track: {with: [tensorboard, wandb], log_every: 5}
     config = recipe(text)
     assert config.model.text == HuggingFaceTextConfig(path="some/folder", pool="cls", locked=True, lr_scale=0.1)
     assert config.model.logit_bias == -10.0
-    assert config.loss == MarginConfig(margin=0.3, hardest=True, same_caption="negative")
+    assert config.loss == MarginConfig(margin=0.3, negatives="hardest", same_caption="negative")
     assert config.eval.labelled[0].tasks == ("zeroshot", "probe")
     assert (config.eval.every, config.checkpoint.every, config.optim.clip) == ("20%", None, None)
     assert config.track.trackers == ("tensorboard", "wandb")

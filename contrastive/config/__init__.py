@@ -4,6 +4,18 @@
 keys to one another, `reading` the YAML and the overrides, `problems` the text of what is wrong.
 """
 
+from contrastive.config.losses import (
+    CustomLossConfig,
+    CyCLIPConfig,
+    DCLConfig,
+    DistillationConfig,
+    InfoNCEConfig,
+    LossConfig,
+    MarginConfig,
+    SigLIPConfig,
+    SogCLRConfig,
+    terms_of,
+)
 from contrastive.config.reading import dump_yaml, load_config
 from contrastive.config.recipe import (
     AugmentConfig,
@@ -13,11 +25,8 @@ from contrastive.config.recipe import (
     EvalConfig,
     HuggingFaceTextConfig,
     HuggingFaceTokenizerConfig,
-    InfoNCEConfig,
     LabelledSetConfig,
     LogitScaleConfig,
-    LossConfig,
-    MarginConfig,
     ModelConfig,
     OpenClipModelConfig,
     OpenClipTokenizerConfig,
@@ -37,6 +46,13 @@ from contrastive.config.recipe import (
 __all__ = [
     "AugmentConfig",
     "CheckpointConfig",
+    "CustomLossConfig",
+    "CyCLIPConfig",
+    "DCLConfig",
+    "DistillationConfig",
+    "SigLIPConfig",
+    "SogCLRConfig",
+    "terms_of",
     "Config",
     "DataConfig",
     "EvalConfig",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from contrastive.config.losses import terms_of
+
 if TYPE_CHECKING:
     from contrastive.config.recipe import Config
 
@@ -20,6 +22,7 @@ def impossible_combinations(config: Config) -> Iterator[Problem]:
     if config.model.kind == "pair":
         yield from _towers(config)
     yield from _scale(config)
+    yield from _losses(config)
     yield from _augmentation(config)
     yield from _cached_features(config)
     yield from _evaluation(config)
@@ -61,6 +64,26 @@ def _scale(config: Config) -> Iterator[Problem]:
     if scale.init > scale.max:
         line = f"model.logit_scale.init: {scale.init:g} is above model.logit_scale.max {scale.max:g}"
         yield ("model.logit_scale.init", "model.logit_scale.max"), line
+
+
+def _losses(config: Config) -> Iterator[Problem]:
+    terms = terms_of(config.loss)
+    kinds = [term.kind for term in terms]
+    own_bias = config.model.kind == "open_clip" and config.model.pretrained is not None  # the weights may bring one
+    if "siglip" in kinds and config.model.logit_bias is None and not own_bias:
+        line = "loss.kind: siglip needs a learned bias; set model.logit_bias to -10 (and model.logit_scale.init to 10)"
+        yield ("loss", "model.logit_bias"), line
+    if set(kinds) == {"cyclip"}:
+        line = "loss.kind: cyclip is a regulariser, which constant features satisfy; use a list with another loss, "
+        line += "[{kind: infonce}, {kind: cyclip}]"
+        yield ("loss",), line
+    for term in terms:
+        if term.kind == "margin" and term.warmup_steps and term.negatives != "hardest":
+            line = f"loss.warmup_steps: 'hardest' negatives have a warm-up, '{term.negatives}' has none; set it to 0"
+            yield ("loss",), line
+        if term.kind not in ("cyclip", "custom") and term.tile is None and term.exchange == "ring":
+            line = "loss.exchange: ring passes tiles on; use it with loss.tile auto, or gather with null"
+            yield ("loss",), line
 
 
 def _augmentation(config: Config) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from contrastive.config.losses import LIST, ONE
 from contrastive.config.recipe import Config
 
 _EXPECTED = {
@@ -78,7 +79,9 @@ class _Place:
         self.field: FieldInfo | None = None
         models: list[type[BaseModel]] = [Config]
         for element in loc:
-            if len(models) > 1:  # a union: pydantic puts the tag of the chosen kind here
+            if len(models) > 1 and element in (ONE, LIST):
+                continue
+            if len(models) > 1 and not isinstance(element, int):  # a union: the tag of the chosen kind
                 models = [m for m in models if m.model_fields["kind"].default == element]
                 continue
             self.keys.append(element)
@@ -168,7 +171,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     parts = get_args(annotation)  # first: to Python 3.10, `tuple[int, ...]` is an instance of `type`
     if not parts and isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in parts for model in _models_in(part)]
+    return list(dict.fromkeys(model for part in parts for model in _models_in(part)))
 
 
 def _related(a: str, b: str) -> bool:

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
+from contrastive.config.block import DEFAULT_KINDS
 from contrastive.config.combinations import LENGTHS
 from contrastive.config.problems import check
-from contrastive.config.recipe import DEFAULT_KINDS, Config
+from contrastive.config.recipe import Config
 from contrastive.config.shipped import find_recipes
 from contrastive.errors import UserError
 
@@ -105,9 +106,13 @@ def dump_yaml(config: Config) -> str:
     )
 
 
-def _kind_first(block: dict[str, Any]) -> dict[str, Any]:
-    block = {"kind": block["kind"], **block} if "kind" in block else block
-    return {key: _kind_first(value) if isinstance(value, dict) else value for key, value in block.items()}
+def _kind_first(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_kind_first(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    block = {"kind": value["kind"], **value} if "kind" in value else value
+    return {key: _kind_first(inner) for key, inner in block.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,42 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PlainValidator,
-    Tag,
-    model_validator,
-)
+from pydantic import Field, PlainValidator, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from contrastive.config.block import Block, Positive, Share, kind_of
 from contrastive.config.combinations import impossible_combinations
-
-# The kind of a block that does not say one; `reading` needs it to know whether an override changes it.
-DEFAULT_KINDS = {
-    "model": "pair",
-    "model.image": "timm",
-    "model.text": "transformer",
-    "model.tokenizer": "trained",
-    "loss": "infonce",
-}
-
-
-class Block(BaseModel):
-    """What all blocks share: unknown keys are errors, `1` is not `true`, nothing changes later."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def _kind_of(block: str) -> Discriminator:
-    def kind(value: Any) -> str | None:
-        if isinstance(value, dict):
-            return str(value.get("kind", DEFAULT_KINDS[block]))
-        return getattr(value, "kind", None)
-
-    return Discriminator(kind)
+from contrastive.config.losses import InfoNCEConfig, LossConfig
 
 
 def _span(low: int) -> Callable[[Any], int | str]:
@@ -63,8 +33,6 @@ def _span(low: int) -> Callable[[Any], int | str]:
     return check
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
 Channels = Annotated[tuple[float, float, float], Field(strict=False)]
 
 
@@ -151,13 +119,13 @@ class LogitScaleConfig(Block):
 
 TextConfig = Annotated[
     Annotated[TransformerTextConfig, Tag("transformer")] | Annotated[HuggingFaceTextConfig, Tag("huggingface")],
-    _kind_of("model.text"),
+    kind_of("model.text"),
 ]
 TokenizerConfig = Annotated[
     Annotated[TrainedTokenizerConfig, Tag("trained")]
     | Annotated[OpenClipTokenizerConfig, Tag("open_clip")]
     | Annotated[HuggingFaceTokenizerConfig, Tag("huggingface")],
-    _kind_of("model.tokenizer"),
+    kind_of("model.tokenizer"),
 ]
 
 
@@ -187,7 +155,7 @@ class OpenClipModelConfig(Block):
 
 ModelConfig = Annotated[
     Annotated[PairModelConfig, Tag("pair")] | Annotated[OpenClipModelConfig, Tag("open_clip")],
-    _kind_of("model"),
+    kind_of("model"),
 ]
 
 
@@ -216,30 +184,6 @@ class DataConfig(Block):
     )
     caption_variants: Share = Field(0.0, description="probability of drawing one of a sample's further captions")
     augment: AugmentConfig = AugmentConfig()
-
-
-class InfoNCEConfig(Block):
-    """Cross-entropy of the right partner among the batch, both ways."""
-
-    kind: Literal["infonce"] = "infonce"
-    same_caption: Literal["negative", "ignore", "positive"] = Field(
-        "ignore", description="what equal captions count as"
-    )
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-
-
-class MarginConfig(Block):
-    """Hinge on the similarities: the sum over the negatives, or the hardest one (VSE++)."""
-
-    kind: Literal["margin"] = "margin"
-    margin: float = Field(0.2, gt=0, le=2, description="by which the right partner must lead")
-    hardest: bool = Field(False, description="only the hardest negative")
-    same_caption: Literal["negative", "ignore"] = Field("ignore", description="what equal captions count as")
-
-
-LossConfig = Annotated[
-    Annotated[InfoNCEConfig, Tag("infonce")] | Annotated[MarginConfig, Tag("margin")], _kind_of("loss")
-]
 
 
 class OptimConfig(Block):

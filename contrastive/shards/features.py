@@ -45,6 +45,7 @@ class FeatureLoader:
                 pixels=torch.from_numpy(self.image[samples]),
                 tokens=torch.from_numpy(self.text[samples]),
                 ids=torch.from_numpy(self.index.ids[samples]),
+                samples=torch.from_numpy(samples),
                 valid=valid,
                 keys=[self.index.key(i) for i in samples.tolist()],
                 rejected={} if bool(valid.all()) else {"unreadable image": int((~valid).sum())},

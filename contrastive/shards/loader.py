@@ -165,6 +165,7 @@ class _Steps(Dataset[Batch]):
             pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
             tokens=torch.as_tensor(self.tokenize(captions), dtype=torch.int64),
             ids=torch.from_numpy(ids),
+            samples=torch.from_numpy(samples),
             valid=torch.from_numpy(valid),
             keys=[self.index.key(i) for i in samples.tolist()],
             rejected=dict(rejected),

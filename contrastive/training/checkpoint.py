@@ -1,6 +1,7 @@
 """Checkpoints: all that the rest of a run depends on, in a folder that appears whole or not at all.
 
-``checkpoints/step_<n>/`` holds ``model.safetensors``, ``optimizer.pt``, ``random_<rank>.pt`` and ``state.json``.
+``checkpoints/step_<n>/`` holds ``model.safetensors``, ``optimizer.pt``, ``random_<rank>.pt``, ``state.json``, and
+``loss.safetensors`` where the loss keeps something from step to step.
 The ``.pt`` files are read with ``weights_only=True``: nothing is unpickled but tensors and plain values.
 """
 
@@ -53,6 +54,7 @@ def save_checkpoint(
     optimizer: Optimizer,
     state: dict[str, Any],
     *,
+    loss: nn.Module | None = None,
     keep: int,
 ) -> Path:
     """Write ``folder/step_<n>`` with n = ``state["step"]``, then delete the oldest beyond `keep`. All ranks call it."""
@@ -66,6 +68,9 @@ def save_checkpoint(
     if accelerator.is_main_process:
         weights = accelerator.unwrap_model(model).state_dict()
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial / "model.safetensors")
+        kept = {} if loss is None else loss.state_dict()
+        if kept:
+            save_file({k: v.detach().cpu().contiguous() for k, v in kept.items()}, partial / "loss.safetensors")
         saved = {"optimizer": optimizer.state_dict()}
         if accelerator.scaler is not None:
             saved["scaler"] = accelerator.scaler.state_dict()
@@ -93,17 +98,28 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: Optimizer,
     identity: dict[str, Any],
+    *,
+    loss: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Put model, optimizer and random states back; returns the saved state.
+    """Put model, optimizer, what the loss keeps and random states back; returns the saved state.
 
     The optimizer's moments come from the checkpoint; rate, decay, betas and eps stay those of this run, so that they
     can be changed on the way.
 
     Raises:
-        UserError: see `check_identity`.
+        UserError: see `check_identity`; or the checkpoint holds nothing of a loss that keeps something.
     """
     state = check_identity(path, identity)
     accelerator.unwrap_model(model).load_state_dict(load_file(path / "model.safetensors"))
+    if loss is not None and loss.state_dict():
+        kept = path / "loss.safetensors"
+        values = load_file(kept) if kept.is_file() else {}
+        if {k: v.shape for k, v in values.items()} != {k: v.shape for k, v in loss.state_dict().items()}:
+            raise UserError(
+                f"{path}: cannot resume, it does not hold what the loss keeps from step to step "
+                f"({', '.join(loss.state_dict())}); resume with the loss that the run was started with"
+            )
+        loss.load_state_dict(values)
     saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved["optimizer"])

@@ -74,6 +74,8 @@ class Trainer:
             make_loader,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # A loss may keep something from step to step (a module with buffers): it is on the device and in checkpoints.
+        self.loss = loss.to(accelerator.device).train() if isinstance(loss, nn.Module) else None
         self.train_step = TrainStep(accelerator, self.model, loss, self.optimizer, clip=clip, chunk=chunk)
         self.run_dir, self.global_batch, self.identity = run_dir, global_batch, identity
         self.checkpoint_every, self.keep = checkpoint_every, keep
@@ -197,10 +199,10 @@ class Trainer:
             )
         state = {"step": self.step, "seconds": self.seconds, "rejected": self.rejected, **self.identity}
         folder = self.run_dir / "checkpoints"
-        save_checkpoint(folder, self.accelerator, self.model, self.optimizer, state, keep=self.keep)
+        save_checkpoint(folder, self.accelerator, self.model, self.optimizer, state, loss=self.loss, keep=self.keep)
 
     def _restore(self, path: Path) -> None:
-        state = load_checkpoint(path, self.accelerator, self.model, self.optimizer, self.identity)
+        state = load_checkpoint(path, self.accelerator, self.model, self.optimizer, self.identity, loss=self.loss)
         self.step, self.seconds, self.rejected = state["step"], state["seconds"], dict(state["rejected"])
 
 

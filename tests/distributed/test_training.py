@@ -14,7 +14,7 @@ from tests.tiny import tiny_config, write_corpus
 
 # Dropout draws from each process's own stream, so the comparison is made without it.
 EXACT = ["model.image.kwargs.proj_drop_rate=0.0", "model.text.dropout=0.0"]
-LOSSES = [["loss.kind=infonce"], ["loss.kind=margin", "loss.hardest=true"]]
+LOSSES = [["loss.kind=infonce"], ["loss.kind=margin", "loss.negatives=hardest"]]
 
 
 @pytest.fixture(scope="module")
