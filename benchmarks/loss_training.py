@@ -72,12 +72,10 @@ def train(folder: Path, overrides: list[str]) -> dict[str, float]:
         finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if finished.returncode:
             raise SystemExit(f"{' '.join(command)}\n{finished.stderr[-2000:]}")
-    results = json.loads((folder / "results.json").read_text())
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-2])
-    metrics = results["validation"]["metrics"]
-    shares = {"top1": metrics["zeroshot_top1"]["value"], "top5": metrics["zeroshot_top5"]["value"]}
+    *_, trained, validated = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    shares = {name: validated[f"validation/zeroshot/{name}"] for name in ("top1", "top5")}
     print(f"{shares['top1']:6.1%} {shares['top5']:6.1%}  {folder.name}", flush=True)
-    return shares | {"train_loss": last["train/loss"], "seconds": last["train/seconds"]}
+    return shares | {"train_loss": trained["train/loss"], "seconds": trained["train/seconds"]}
 
 
 def save(found: dict[str, list[dict[str, float]]]) -> None:

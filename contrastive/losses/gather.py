@@ -13,6 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from contrastive.losses.contract import check_arguments, check_batch_size
 
+# torch renamed them, and warns of the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class _GatherRows(torch.autograd.Function):
     """All ranks' rows, in order of rank; backward *sums* over ranks what each of them owes to a row."""
@@ -31,7 +35,7 @@ class _GatherRows(torch.autograd.Function):
 def all_gather(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The rows of all ranks, in order of rank, without a gradient."""
     everybody = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(everybody, rows.contiguous(), group=group)
+    _all_gather(everybody, rows.contiguous(), group=group)
     return everybody
 
 
@@ -41,7 +45,7 @@ def reduce_scatter(rows_BD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     n = rows_BD.shape[0] // world
     if dist.get_backend(group) == "nccl":
         own_nD = rows_BD.new_empty(n, *rows_BD.shape[1:])
-        dist.reduce_scatter_tensor(own_nD, rows_BD.contiguous(), group=group)
+        _reduce_scatter(own_nD, rows_BD.contiguous(), group=group)
         return own_nD
     # gloo has no reduce-scatter on the older versions of torch that we support
     rows_BD = rows_BD.clone(memory_format=torch.contiguous_format)
