@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from contrastive.config import (
     Config,
+    CyCLIPConfig,
     HuggingFaceTextConfig,
     InfoNCEConfig,
     MarginConfig,
@@ -133,6 +134,13 @@ track: {with: [tensorboard, wandb], log_every: 5}
 
 def test_an_override_may_contain_equals_signs(recipe):
     assert recipe(MINIMAL, "run.dir=runs/lr=3=a").run.dir == "runs/lr=3=a"
+
+
+def test_a_loss_may_be_a_weighted_list(recipe, tmp_path):
+    config = recipe(MINIMAL, "loss=[{kind: infonce, weight: 2}, {kind: cyclip}]")
+    assert config.loss == (InfoNCEConfig(weight=2), CyCLIPConfig())
+    (tmp_path / "resolved.yaml").write_text(dump_yaml(config))
+    assert load_config(tmp_path / "resolved.yaml") == config
 
 
 def test_an_override_may_be_a_whole_block(recipe):
@@ -259,6 +267,19 @@ def test_a_dumped_recipe_is_plain_yaml_to_others(recipe):
             "eval.every: expected a number of steps or a share of the run such as 5%, "
             'above 0 and at most 100% (value "0%")',
         ),
+        (
+            "loss=[{kind: infonce, tmp: 1}]",
+            f"loss[0].tmp: unknown key (value 1). Valid: {', '.join(InfoNCEConfig.model_fields)}",
+        ),
+        ("loss=[{kind: infonc}]", "loss[0].kind: unknown kind (value \"infonc\"). Did you mean 'infonce'?"),
+        ("loss=[{label_smoothing: 1}]", "loss[0].label_smoothing: expected a number below 1 (value 1)"),
+        ("loss=[3]", "loss[0]: expected a block of keys (value 3)"),
+        ("loss=[]", "loss: expected a list that is not empty"),
+        (
+            "loss.tile=0",
+            "loss.tile: expected auto, null (no tiles: whole matrices) or the side of a tile, a whole number of at "
+            "least 1 (value 0)",
+        ),
         ("loss.label_smoothing=1", "loss.label_smoothing: expected a number below 1 (value 1)"),
         ("eval.labelled=[{name: a}]", "eval.labelled[0].test: missing; expected the test split"),
     ],
@@ -281,6 +302,23 @@ def test_a_wrong_value_is_told_with_its_path_and_a_remedy(problems, override, li
         (
             ["train.steps=3", "optim.warmup=5"],
             "optim.warmup: 5 steps of warm-up do not fit into train.steps 3",
+        ),
+        (
+            ["loss.kind=siglip"],
+            "loss.kind: siglip needs a learned bias; set model.logit_bias to -10 (and model.logit_scale.init to 10)",
+        ),
+        (
+            ["loss=[{kind: cyclip}]"],
+            "loss.kind: cyclip is a regulariser, which constant features satisfy; use a list with another loss, "
+            "[{kind: infonce}, {kind: cyclip}]",
+        ),
+        (
+            ["loss={kind: margin, warmup_steps: 5}"],
+            "loss.warmup_steps: 'hardest' negatives have a warm-up, 'sum' has none; set it to 0",
+        ),
+        (
+            ["loss={tile: null, exchange: ring}"],
+            "loss.exchange: ring passes tiles on; use it with loss.tile auto, or gather with null",
         ),
         (
             ["model.text.pool=end"],

@@ -116,7 +116,8 @@ def _describe(found: Any, place: _Place) -> tuple[str, list[str]]:
         kind, path, value = "too_short", path.rpartition("[")[0], ""
     if kind in ("too_short", "too_long"):
         items = get_args(place.field.annotation) if place.field else ()
-        expected = "a list that is not empty" if ... in items else f"a list of {len(items)} values"
+        open_ended = ... in items or any(... in get_args(part) for item in items for part in (item, *get_args(item)))
+        expected = "a list that is not empty" if open_ended else f"a list of {len(items)} values"
         return f"{path}: expected {expected} {value}".rstrip(), [path]
     if kind == "missing":
         text = place.field.description if place.field and place.field.description else "a block of keys"

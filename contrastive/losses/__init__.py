@@ -41,28 +41,35 @@ from contrastive.losses.contract import Loss
 from contrastive.losses.cyclip import CyCLIP, cyclip
 from contrastive.losses.dcl import DCL, dcl
 from contrastive.losses.distillation import Distillation, distillation
+from contrastive.losses.gather import GlobalBatch, global_batch
 from contrastive.losses.infonce import InfoNCE, infonce
 from contrastive.losses.margin import Margin, margin
 from contrastive.losses.siglip import SigLIP, siglip
 from contrastive.losses.sogclr import SogCLR, sogclr
+from contrastive.losses.tiled import Kernel, Tile, tiled_loss
 
 __all__ = [
     "DCL",
     "CustomLoss",
     "CyCLIP",
     "Distillation",
+    "GlobalBatch",
     "InfoNCE",
+    "Kernel",
     "Loss",
     "Margin",
     "SigLIP",
     "SogCLR",
+    "Tile",
     "WeightedSum",
     "cyclip",
     "dcl",
     "distillation",
+    "global_batch",
     "infonce",
     "margin",
     "needs_of",
     "siglip",
     "sogclr",
+    "tiled_loss",
 ]

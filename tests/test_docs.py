@@ -1,0 +1,76 @@
+"""The examples of docs/losses.md run and keep what they promise."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from contrastive.config import load_config
+from tests.distributed.spawn import run_ranks
+from tests.losses.dense import features, gradients, relative_error
+from tests.tiny import write_corpus, write_recipe
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "losses.md").read_text()
+N = 12
+
+
+def example() -> dict:
+    """What the page's two blocks of Python define."""
+    names: dict = {}
+    for source in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(compile(source, "docs/losses.md", "exec"), names)
+    return names
+
+
+def spectral_dense(image: torch.Tensor, text: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    similarity = image[valid] @ text[valid].T
+    own = similarity.diagonal()
+    return ((similarity.square().sum() - own.square().sum()) / (len(own) - 1) - 2 * own.sum()) / len(own)
+
+
+def on_ranks(rank: int, world: int) -> dict[str, list[torch.Tensor]]:
+    image, text = features(0, N, 6)
+    rows = slice(rank * N // world, (rank + 1) * N // world)
+    scale, valid = torch.tensor(10.0, dtype=torch.float64, requires_grad=True), torch.arange(N) % 5 != 1
+    found = {}
+    for name in ("spectral", "tiled_spectral"):
+        own_image, own_text = image[rows].detach().requires_grad_(), text[rows].detach().requires_grad_()
+        loss = example()[name](own_image, own_text, scale, valid=valid[rows])["loss"]
+        found[name] = [loss.detach(), *gradients(loss, own_image, own_text, scale)]
+    return found
+
+
+@pytest.mark.parametrize("name", ["spectral", "tiled_spectral"])
+def test_the_worked_example_gives_the_global_gradient_on_any_number_of_processes(name):
+    image, text = features(0, N, 6)
+    oracle = spectral_dense(image, text, torch.arange(N) % 5 != 1)
+    for world in (1, 2):
+        ranks = [rank[name] for rank in run_ranks(world, on_ranks)]
+        assert relative_error(sum(rank[0] for rank in ranks) / world, oracle) < 1e-12
+        for place, expected in zip((1, 2), gradients(oracle, image, text), strict=True):
+            found = torch.cat([rank[place] for rank in ranks]) / world
+            assert relative_error(found, expected) < 1e-12
+        assert all(rank[3] == 0 for rank in ranks)
+
+
+def test_the_worked_example_trains_by_its_import_path(tmp_path, monkeypatch):
+    from contrastive.pretrain import pretrain
+
+    source = re.findall(r"```python\n# my_losses.py\n(.*?)```", PAGE, re.DOTALL)[0]
+    (tmp_path / "my_losses.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
+    recipe = write_recipe(write_corpus(tmp_path / "corpus"), tmp_path / "mine.yaml")
+    override = re.findall(r"contrastive train mine.yaml '(loss=.*?)'", PAGE)[0]
+    config = load_config(recipe, [f"run.dir={tmp_path}/run", "train.steps=2", override])
+    assert pretrain(config, quiet=True) is not None
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
+def test_every_loss_of_the_page_is_a_recipe(block, tmp_path):
+    for number, line in enumerate(block.splitlines()):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(f"data: {{train: a}}\ntrain: {{steps: 1}}\n{line}\n")
+        load_config(path)
