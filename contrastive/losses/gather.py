@@ -107,8 +107,9 @@ class GlobalBatch:
 
     def negatives(self, *, leave_out_same: bool) -> Tensor:
         """`(B,)` int64: how many valid rows are another thing than this one; 0 for a row that is not valid."""
-        valid = self.valid_B if self.valid_B is not None else torch.ones(self.size, dtype=torch.bool)
-        valid = valid.to(self.image_nD.device)
+        valid = self.valid_B
+        if valid is None:
+            valid = torch.ones(self.size, dtype=torch.bool, device=self.image_nD.device)
         alike = valid.to(torch.int64)
         if leave_out_same:
             assert self.ids_B is not None

@@ -121,19 +121,22 @@ class InfoNCEKernel(SoftmaxKernel):
     def __init__(self, batch: GlobalBatch, same_caption: str, label_smoothing: float) -> None:
         super().__init__(batch, leave_out_same=same_caption == "ignore")
         self.positives, self.smoothing = same_caption == "positive", label_smoothing
+        self.spread = self.positives or self.smoothing > 0  # the target is more than the own column
+        if not self.spread:
+            return
         self.target_n, self.target_B = torch.zeros_like(self.own_n), batch.scale.new_zeros(batch.size)
-        everyone = self.counted_B.sum()
-        # The target's weight of one positive, and of one column that takes part, for each anchor of the global batch;
-        # equal captions have equally many, so that the weight of a positive is the same for its row and its column.
-        alike_B = torch.ones_like(self.target_B)
+        # What the target gives one positive, and one column that takes part, for each anchor of the global batch.
+        # Rows of equal ids have equally many, so that a positive weighs the same for its row and its column.
+        counted_B = self.counted_B.to(self.target_B.dtype)
+        positives_B = torch.ones_like(counted_B)
         if self.positives:
-            alike_B = (everyone - batch.negatives(leave_out_same=True)).clamp(min=1).to(alike_B.dtype)
-        parts = 1 + batch.negatives(leave_out_same=True) if self.leave_out_same else everyone
-        self.positive_weight_B = (1 - label_smoothing) / alike_B * self.counted_B
-        self.part_weight_B = self.counted_B.to(alike_B.dtype) * label_smoothing / parts
+            positives_B = (counted_B.sum() - batch.negatives(leave_out_same=True)).clamp(min=1)
+        parts_B = 1 + batch.negatives(leave_out_same=self.leave_out_same)
+        self.positive_weight_B = counted_B * (1 - label_smoothing) / positives_B
+        self.part_weight_B = counted_B * label_smoothing / parts_B
 
     def observe(self, x_rc: Tensor, fixed_rc: Tensor | None, tile: Tile) -> None:
-        if self.positives or self.smoothing:
+        if self.spread:
             target_row_rc, target_column_rc = self._targets(x_rc, tile)
             self.target_n[tile.rows] += (target_row_rc * x_rc).sum(dim=1)
             self.target_B[tile.columns] += (target_column_rc * x_rc).sum(dim=0)
@@ -168,19 +171,19 @@ class InfoNCEKernel(SoftmaxKernel):
         self.best_n[tile.rows] = torch.maximum(self.best_n[tile.rows], others_rc.amax(dim=1))
 
     def settle(self) -> bool:
-        if self.positives or self.smoothing:
+        if self.spread:
             self.batch.sum_over_ranks(self.target_B)
-        else:
-            self.target_n = self.own_logit_n
         return super().settle()
 
     def loss(self) -> Tensor:
         row_n, column_n = self.sums.log_sums(self.batch)
-        column_target_n = self.target_B[self.batch.rows] if self.positives or self.smoothing else self.own_logit_n
-        return self.batch.mean_over_anchors((row_n - self.target_n + column_n - column_target_n) / 2)
+        target_n, column_target_n = self.own_logit_n, self.own_logit_n
+        if self.spread:
+            target_n, column_target_n = self.target_n, self.target_B[self.batch.rows]
+        return self.batch.mean_over_anchors((row_n - target_n + column_n - column_target_n) / 2)
 
     def slope(self, x_rc: Tensor, fixed_rc: Tensor | None, tile: Tile, fresh: bool) -> None:
-        if not (self.positives or self.smoothing):
+        if not self.spread:
             return super().slope(x_rc, fixed_rc, tile, fresh)
         if fresh:
             self.exponentiate(x_rc, tile)

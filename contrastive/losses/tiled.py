@@ -229,7 +229,7 @@ def _sweep(
             return kernel.loss(), []
 
     product_nD = torch.zeros_like(image_nD) if wants_gradient else None  # slope @ text
-    for block in blocks.write():
+    for block in blocks.write() if wants_gradient else blocks.read():
         for at in _tiles(len(image_nD), block, side, first_own):
             fresh = len(swept) != 1  # the one tile of a batch that is a single tile is still there
             x_rc, fixed_rc = logits(at, block) if fresh else swept[0]
