@@ -3,8 +3,8 @@
     python data/pictograms/prepare.py
     python benchmarks/loss_training.py        prints a table, writes benchmarks/results/loss_training.json
 
-Everything but the loss, its bias and its starting scale is that of recipes/pretrain/pictograms.yaml, tuned for InfoNCE;
-no loss was tuned for this. Lengths are in epochs, so that the results do not depend on what else the machine does. What
+Everything but the loss, its bias and its starting scale, the length and the size of the images (32 px) is that of
+recipes/pretrain/pictograms.yaml, tuned for InfoNCE; no loss was tuned for this. Lengths are in epochs, so that the results do not depend on what else the machine does. What
 is there already is not run again (delete runs/loss-training to begin anew).
 """
 
@@ -18,9 +18,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "loss_training.json"
 RUNS = ROOT / "runs" / "loss-training"
-EPOCHS, SEEDS = 4, (0, 1, 2)
+EPOCHS, SEEDS = 5, (0, 1, 2)
 TEACHER_EPOCHS = 12  # InfoNCE, seed 100
-SHORT = ["eval.labelled=[]", "eval.every=null", "eval.report=false", "checkpoint.every=null", "track.with=[]"]
+SHORT = [
+    "model.image.size=32",
+    "eval.labelled=[]",
+    "eval.every=null",
+    "eval.report=false",
+    "checkpoint.every=null",
+    "track.with=[]",
+]
 SIGMOID = ["model.logit_bias=-10.0", "model.logit_scale.init=10.0"]
 DISTILLED = f"{{kind: distillation, teacher: {RUNS / 'teacher'}}}"
 LOSSES: dict[str, list[str]] = {
