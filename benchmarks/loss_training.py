@@ -4,8 +4,9 @@
     python benchmarks/loss_training.py        prints a table, writes benchmarks/results/loss_training.json
 
 Everything but the loss, its bias and its starting scale, the length and the size of the images (32 px) is that of
-recipes/pretrain/pictograms.yaml, tuned for InfoNCE; no loss was tuned for this. Lengths are in epochs, so that the results do not depend on what else the machine does.
-What is there already is not run again (delete runs/loss-training to begin anew).
+recipes/pretrain/pictograms.yaml, tuned for InfoNCE; no loss was tuned for this. Lengths are in epochs, so that the
+results do not depend on what else the machine does. What is there already is not run again (delete runs/loss-training
+to begin anew).
 """
 
 import argparse
