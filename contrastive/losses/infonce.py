@@ -128,7 +128,8 @@ class InfoNCEKernel(SoftmaxKernel):
         alike_B = torch.ones_like(self.target_B)
         if self.positives:
             alike_B = (everyone - batch.negatives(leave_out_same=True)).clamp(min=1).to(alike_B.dtype)
-        parts = 1 + batch.negatives(leave_out_same=True) if self.leave_out_same else everyone
+        # at least 1: without a valid row anywhere the share of none is 0, not 0 / 0
+        parts = 1 + batch.negatives(leave_out_same=True) if self.leave_out_same else everyone.clamp(min=1)
         self.positive_weight_B = (1 - label_smoothing) / alike_B * self.counted_B
         self.part_weight_B = self.counted_B.to(alike_B.dtype) * label_smoothing / parts
 
