@@ -63,6 +63,29 @@ def test_semi_hard_is_the_mean_of_what_the_semi_hard_miner_finds(engine: dict) -
     assert worst_error([loss, *found], [oracle, *expected]) < 1e-12
 
 
+@pytest.mark.parametrize("tile", [None, "auto", 7, 16, 59])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_semi_hard_takes_no_twin_of_the_partner_whatever_its_rounding(
+    dtype: torch.dtype, tile: int | str | None
+) -> None:
+    # Every caption is there twice: for an image, the twin of its partner is exactly as similar, and so not behind it.
+    # Products of other shapes round it to this side or that; images differ, so that the other direction has no ties.
+    image, text = (x.detach().clone() for x in features(0, 60, 64))
+    text[30:] = text[:30]
+    similarity, twin = image @ text.T, (torch.arange(60) + 30) % 60
+    own = similarity.diagonal()[:, None]
+    oracle = 0.0
+    for to_captions, one_way in ((True, similarity), (False, similarity.T)):
+        lead = own - one_way
+        found = (lead > 0) & (lead < 0.2) & ~torch.eye(60, dtype=torch.bool)
+        if to_captions:
+            found[torch.arange(60), twin] = False
+        oracle += float((0.2 - lead)[found].mean())
+    leaves = image.to(dtype).requires_grad_(), text.to(dtype).requires_grad_()
+    loss = margin(*leaves, ONE, negatives="semi-hard", tile=tile)["loss"]
+    assert loss.item() == pytest.approx(oracle, rel=1e-6 if dtype == torch.float32 else 1e-12)
+
+
 def test_ignoring_equal_captions_is_the_sum_over_the_other_triplets() -> None:
     image, text = features(2, 11, 8)
     ids = torch.tensor([0, 1, 2, 0, 0, 3, 4, 4, 5, 6, 1])
