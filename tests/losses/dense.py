@@ -139,7 +139,7 @@ def distillation_loops(
 
 def accuracy_loops(image: Tensor, text: Tensor, ids: Tensor, same_caption: str = "negative") -> float:
     """The share of images strictly more similar to their caption than to any that is another thing."""
-    right = 0
+    right, image, text = 0, image.detach(), text.detach()
     for i in range(len(image)):
         same = [j for j in range(len(image)) if j == i or (same_caption == "positive" and ids[i] == ids[j])]
         others = [j for j in _negatives(i, ids, same_caption) if j not in same]
