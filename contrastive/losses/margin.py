@@ -16,6 +16,9 @@ from contrastive.losses.tiled import Kernel, Tile, tiled_loss
 
 CHOICES = ("negative", "ignore")
 NEGATIVES = ("sum", "hardest", "semi-hard")
+# Two pairs with one caption are equally similar to an image, up to rounding: a few eps, by the shape of the product.
+# Semi-hard asks which is ahead; within so many eps none is.
+TIE = 16
 
 
 def margin(
@@ -118,7 +121,7 @@ def _plain(
         if negatives == "semi-hard":
             if batch.valid_n is not None:
                 hinge_nB = hinge_nB.masked_fill(~batch.valid_n[:, None], 0)
-            hinge_nB = hinge_nB.masked_fill(lead_nB <= 0, 0)
+            hinge_nB = hinge_nB.masked_fill(lead_nB <= TIE * torch.finfo(lead_nB.dtype).eps, 0)
             count = batch.sum_over_ranks((hinge_nB > 0).sum())
             loss = loss + hinge_nB.sum() * batch.world / count.clamp(min=1)
         else:
@@ -212,8 +215,9 @@ class SemiHardKernel(SumKernel):
 
     def hinges(self, x_rc: Tensor, fixed_rc: Tensor | None, tile: Tile) -> tuple[Tensor, Tensor]:
         row_rc, column_rc = super().hinges(x_rc, fixed_rc, tile)
-        row_rc.masked_fill_(x_rc >= self.anchor_n[tile.rows, None], 0)
-        column_rc.masked_fill_(x_rc >= self.anchor_B[None, tile.columns], 0)
+        tie = TIE * torch.finfo(x_rc.dtype).eps
+        row_rc.masked_fill_(x_rc >= self.anchor_n[tile.rows, None] - tie, 0)
+        column_rc.masked_fill_(x_rc >= self.anchor_B[None, tile.columns] - tie, 0)
         return row_rc, column_rc
 
     def observe(self, x_rc: Tensor, fixed_rc: Tensor | None, tile: Tile) -> None:
