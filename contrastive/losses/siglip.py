@@ -93,7 +93,7 @@ class SigLIPKernel(Kernel):
         self.positives = same_caption == "positive"
         self.total = batch.scale.new_zeros(())
         self.share = batch.world / batch.anchors
-        self.scratch = batch.scale.new_empty(0)  # two more tiles
+        self.scratch = [batch.scale.new_empty(0)]  # becomes two more tiles
         self.highest = 80.0 if batch.scale.dtype == torch.float32 else 700.0
 
     def slope(self, x_rc: Tensor, fixed_rc: Tensor | None, tile: Tile, fresh: bool) -> None:
@@ -123,9 +123,9 @@ class SigLIPKernel(Kernel):
         log1p(v) = v log(w) / (w - 1) with w the rounded 1 + v (Goldberg 1991, theorem 4), v = e^x; where w would round
         to 1, the next number serves. All passes are vectorised.
         """
-        if self.scratch.numel() < 2 * x_rc.numel():
-            self.scratch = x_rc.new_empty(2 * x_rc.numel())
-        w_rc, log_rc = (part.view_as(x_rc) for part in self.scratch[: 2 * x_rc.numel()].split(x_rc.numel()))
+        if self.scratch[0].numel() < x_rc.numel():
+            self.scratch = [torch.empty_like(x_rc).view(-1) for _ in range(2)]
+        w_rc, log_rc = (tile[: x_rc.numel()].view_as(x_rc) for tile in self.scratch)
         # where e^x would overflow, softplus(x) is x
         beyond = torch.sub(x_rc, self.highest, out=w_rc).relu_().sum()
         v_rc = x_rc.clamp_(max=self.highest).exp_()
