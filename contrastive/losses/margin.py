@@ -18,7 +18,7 @@ CHOICES = ("negative", "ignore")
 NEGATIVES = ("sum", "hardest", "semi-hard")
 # Two pairs with one caption are equally similar to an image, up to rounding: a few eps, by the shape of the product.
 # Semi-hard asks which is ahead; within so many eps none is.
-TIE = 16
+TIE = 8
 
 
 def margin(

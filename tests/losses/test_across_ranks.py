@@ -149,12 +149,12 @@ def test_mean_over_ranks_is_the_global_loss_and_gradient_in_every_way(world: int
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("margin")])
 @pytest.mark.parametrize("rows", ROWS.values())
 def test_rounding_decides_no_hinge_of_these_batches(name: str, rows: int) -> None:
-    # float32 similarities are off by 1e-7; were a hinge nearer to 0 than that, the test above would compare two
-    # gradients that are both right
+    # float32 similarities are off by 1e-7, and a lead of less than 8 eps = 9.5e-7 is a tie; were a hinge nearer to its
+    # bend than that, the test above would compare two gradients that are both right
     for uneven in (False, True):
         batch, further = oracle_arguments(name, rows, uneven)
         out = TinyPair(torch.float64)(batch["image"], batch["text"])
-        assert margin_gap(out["image"], out["text"], out["scale"], out["bias"], batch["ids"], **further) > 5e-7
+        assert margin_gap(out["image"], out["text"], out["scale"], out["bias"], batch["ids"], **further) > 1.2e-6
 
 
 def logged(rank: int, world: int, tile: int | None) -> dict[tuple, dict[str, Tensor]]:

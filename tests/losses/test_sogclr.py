@@ -131,6 +131,13 @@ def test_row_that_is_not_valid_writes_nothing() -> None:
     assert torch.equal(loss.log_u.isfinite().all(dim=1), valid)
 
 
+def test_padding_that_repeats_a_sample_does_not_undo_its_average() -> None:
+    image, text = features(9, 5, 4)
+    loss, valid = SogCLR(samples=5), torch.tensor([True, True, True, True, False])
+    loss(image, text, scalar(SCALE), samples=torch.tensor([0, 1, 2, 3, 0]), valid=valid)
+    assert loss.log_u[0].isfinite().all()
+
+
 def test_evaluation_writes_nothing() -> None:
     image, text = features(9, 5, 4)
     loss = SogCLR(samples=5).eval()
