@@ -2,8 +2,9 @@
 
 A loss over pairs is known to this file by what it does with one tile of logits, its `Kernel`: take statistics in a
 first sweep (sums of exponentials, maxima), then turn logits into the loss's slope by them in a second one. The slope
-goes into two matrix products and is gone; nothing of size n x B is kept. A loss that needs no statistics (a sum of
-terms of one logit each) takes one sweep, and so does a batch that is a single tile.
+goes into two matrix products and is gone. A loss that needs no statistics (a sum of terms of one logit each) takes one
+sweep. Between two sweeps the tiles are kept where all of them together are small (`KEEP_AT_MOST`); else they are
+computed again, and nothing of size n x B is stored.
 
 Each rank works on its images against all captions, and only on those: the statistics of a caption's column are summed
 over ranks, and so are the gradients. That is half the work and half the traffic of computing both directions on each
@@ -27,6 +28,9 @@ from contrastive.losses.gather import GlobalBatch
 # Sides that were fastest here: a float32 tile of 4 MB stays in a CPU's cache. (512 to 2048 are within 3 %.)
 AUTO_TILE = {"cpu": 1024}
 AUTO_TILE_ELSEWHERE = 4096
+# Bytes of tiles that are kept between two sweeps under tile="auto", if they are all of them: 8,192 pairs on one process
+# in float32. Computing them again takes a third of the time of a loss that has kept them.
+KEEP_AT_MOST = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -155,43 +159,43 @@ def tiled_loss(
 
     Raises UserError where the logits span more than even float64 can hold as exponentials.
     """
-    kernels: list[K] = []
-
-    def sweep(wants_gradient: bool) -> tuple[Tensor, list[Tensor]]:
-        dtype = batch.image_nD.dtype
-        for attempt in (batch, batch.in_double()) if dtype == torch.float32 else (batch,):
-            kernel = make_kernel(attempt)
-            found = _sweep(attempt, kernel, tile, exchange, fixed, wants_gradient)
-            if found is not None:
-                kernels.append(kernel)
-                loss, gradients = found
-                return loss.to(dtype), [gradient.to(dtype) for gradient in gradients]
+    leaves = (
+        batch.image_nD,
+        batch.text_nD,
+        batch.scale,
+        batch.scale.new_zeros(()) if batch.bias is None else batch.bias,
+    )
+    wants_gradient = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    dtype = batch.scale.dtype
+    with torch.no_grad():
+        kernel = make_kernel(batch)
+        found = _sweep(batch, kernel, tile, exchange, fixed, wants_gradient)
+        if found is None and dtype == torch.float32:
+            kernel = make_kernel(batch.in_double())
+            found = _sweep(kernel.batch, kernel, tile, exchange, fixed, wants_gradient)
+    if found is None:
         raise UserError(
             "the logits span more than exp can hold: see that the features are L2-normalised and the scale at most 100"
         )
-
-    bias = batch.bias if batch.bias is not None else batch.scale.new_zeros(())
-    loss = _Swept.apply(batch.image_nD, batch.text_nD, batch.scale, bias, sweep)
-    return loss, kernels[0]
+    loss, gradients = found
+    return _Swept.apply(loss.to(dtype), [gradient.to(dtype) for gradient in gradients], *leaves), kernel
 
 
 class _Swept(torch.autograd.Function):
-    """Both sweeps in forward; backward multiplies the gradients that they left."""
+    """Ties a loss and its gradients to what they are the gradients of."""
 
     @staticmethod
-    def forward(
-        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, sweep: Callable[..., Any]
-    ) -> Tensor:
-        loss, gradients = sweep(any(ctx.needs_input_grad))
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
-        value: Tensor = loss
-        return value
+        return loss.clone()  # an input that is returned would be taken for a view of itself
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # only create_graph=True asks for that
             raise UserError("a tiled loss has no second derivative; pass tile=None for the plain loss, which has one")
-        return *(upstream * gradient for gradient in ctx.saved_tensors), None
+        if upstream.device.type == "cpu" and float(upstream) == 1:  # as from loss.backward(): spare the copies
+            return None, None, *ctx.saved_tensors
+        return None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
 
 
 def _sweep(
@@ -207,8 +211,10 @@ def _sweep(
     side = int(tile) if tile != "auto" else AUTO_TILE.get(image_nD.device.type, AUTO_TILE_ELSEWHERE)
     fixed_image_nF, fixed_text_nF = (x.to(image_nD.dtype) for x in fixed) if fixed is not None else (None, None)
     blocks = open_exchange(batch, fixed_text_nF, exchange)
-    similarity = _Products(image_nD, batch.scale)
-    fixed_similarity = None if fixed_image_nF is None else _Products(fixed_image_nF, None)
+    size = len(image_nD) * batch.size * image_nD.element_size() * (1 if fixed is None else 2)
+    keeps = kernel.sweeps == 2 and wants_gradient and (tile == "auto" and size <= KEEP_AT_MOST)
+    similarity = _Products(image_nD, batch.scale, keeps)
+    fixed_similarity = None if fixed_image_nF is None else _Products(fixed_image_nF, None, keeps)
 
     def logits(at: Tile, block: Block) -> tuple[Tensor, Tensor | None]:
         within = at.within(block)
@@ -217,12 +223,14 @@ def _sweep(
             return x_rc, None
         return x_rc, fixed_similarity(at.rows, block.fixed_mF[within])
 
-    swept: list[tuple[Tensor, Tensor | None]] = []
+    kept: list[tuple[Tensor, Tensor | None]] = []
     if kernel.sweeps == 2:
         for block in blocks.read():
             for at in _tiles(len(image_nD), block, side, first_own):
-                swept = [*swept[-1:], logits(at, block)]  # two say as much as many: there is more than one tile
-                kernel.observe(*swept[-1], at)
+                x_rc, fixed_rc = logits(at, block)
+                kernel.observe(x_rc, fixed_rc, at)
+                if keeps:
+                    kept.append((x_rc, fixed_rc))
         if not kernel.settle():
             return None
         if not wants_gradient:
@@ -231,9 +239,8 @@ def _sweep(
     product_nD = torch.zeros_like(image_nD) if wants_gradient else None  # slope @ text
     for block in blocks.write() if wants_gradient else blocks.read():
         for at in _tiles(len(image_nD), block, side, first_own):
-            fresh = len(swept) != 1  # the one tile of a batch that is a single tile is still there
-            x_rc, fixed_rc = logits(at, block) if fresh else swept[0]
-            kernel.slope(x_rc, fixed_rc, at, fresh)
+            x_rc, fixed_rc = kept.pop(0) if keeps else logits(at, block)
+            kernel.slope(x_rc, fixed_rc, at, fresh=not keeps)
             if product_nD is not None and block.grad_mD is not None:
                 within = at.within(block)
                 product_nD[at.rows].addmm_(x_rc, block.text_mD[within])
@@ -266,10 +273,10 @@ def _tiles(n: int, block: Block, side: int, first_own: int) -> Iterator[Tile]:
 
 
 class _Products:
-    """Tiles of `scale * a @ b.T`, all in one tile's memory: fresh memory costs more than the arithmetic on it."""
+    """Tiles of `scale * a @ b.T`; unless they are kept, all in one tile's memory: fresh memory costs time."""
 
-    def __init__(self, a_nD: Tensor, scale: Tensor | None) -> None:
-        self.a_nD, self.scale = a_nD, scale
+    def __init__(self, a_nD: Tensor, scale: Tensor | None, keeps: bool) -> None:
+        self.a_nD, self.scale, self.keeps = a_nD, scale, keeps
         self.memory = a_nD.new_empty(0)
         self.rows, self.scaled_rD = slice(0, 0), a_nD[:0]
 
@@ -282,8 +289,10 @@ class _Products:
         return self.scaled_rD
 
     def __call__(self, rows: slice, b_cD: Tensor) -> Tensor:
-        """The tile, `(r, c)`; valid until the next call."""
+        """The tile, `(r, c)`; valid until the next call, or kept."""
         a_rD = self.scaled(rows)
+        if self.keeps:
+            return torch.mm(a_rD, b_cD.T)
         size = len(a_rD) * len(b_cD)
         if self.memory.numel() < size:
             self.memory = a_rD.new_empty(size)
