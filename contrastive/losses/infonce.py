@@ -119,9 +119,8 @@ class InfoNCEKernel(SoftmaxKernel):
     """Log-sum minus the target's mean logit; the target is the own column, or spread over several."""
 
     def __init__(self, batch: GlobalBatch, same_caption: str, label_smoothing: float) -> None:
-        super().__init__(batch, leave_out_same=same_caption == "ignore")
-        self.positives, self.smoothing = same_caption == "positive", label_smoothing
-        self.spread = self.positives or self.smoothing > 0  # the target is more than the own column
+        super().__init__(batch, leave_out_same=same_caption == "ignore", positives=same_caption == "positive")
+        self.spread = self.positives or label_smoothing > 0  # the target is more than the own column
         if not self.spread:
             return
         self.target_n, self.target_B = torch.zeros_like(self.own_n), batch.scale.new_zeros(batch.size)
@@ -157,18 +156,6 @@ class InfoNCEKernel(SoftmaxKernel):
         positive_rc *= part_rc * self.positive_weight_B[rows, None]
         row_rc = positive_rc + part_rc * self.part_weight_B[rows, None]
         return row_rc, positive_rc + part_rc * self.part_weight_B[None, tile.columns]
-
-    def note_own_and_best(self, x_rc: Tensor, tile: Tile) -> None:
-        if not self.positives:
-            return super().note_own_and_best(x_rc, tile)
-        same_rc = self.same(tile)
-        own, rows = tile.own(x_rc)
-        best_same_r = x_rc.masked_fill(~same_rc, -torch.inf).amax(dim=1)
-        others_rc = x_rc.masked_fill(same_rc, -torch.inf)
-        self.own_n[tile.rows] = torch.maximum(self.own_n[tile.rows], best_same_r)
-        self.own_n[rows] = torch.maximum(self.own_n[rows], own)
-        tile.own(others_rc)[0].fill_(-torch.inf)
-        self.best_n[tile.rows] = torch.maximum(self.best_n[tile.rows], others_rc.amax(dim=1))
 
     def settle(self) -> bool:
         if self.spread:

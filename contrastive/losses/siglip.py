@@ -11,7 +11,7 @@ from torch import Tensor
 from contrastive.errors import UserError
 from contrastive.losses.contract import Loss, check_same_caption, check_tiling
 from contrastive.losses.gather import GlobalBatch, global_batch
-from contrastive.losses.tiled import Kernel, Tile, tiled_loss
+from contrastive.losses.tiled import Kernel, Tile, exp_, tiled_loss
 
 CHOICES = ("negative", "ignore", "positive")
 
@@ -40,8 +40,8 @@ def siglip(
     same_caption says what two rows with equal `ids` are to one another: "negative", "ignore" (no question is asked of
     them) or "positive" (the answer is yes).
 
-    Returns "loss" and "accuracy" (the share of images more similar to their caption than to any other that is not
-    ignored).
+    Returns "loss" and "accuracy" (the share of images more similar to their caption than to any other; captions that
+    are ignored or positives do not count as others).
     Raises UserError for a missing bias, for shapes that do not fit, for `ids` missing where they are needed.
 
     Source: Zhai et al. 2023 (arXiv:2303.15343), algorithm 1.
@@ -70,8 +70,8 @@ def _plain(batch: GlobalBatch, same_caption: str) -> dict[str, Tensor]:
         left_out_nB = left_out_nB | batch.same_id()
     terms_nB = terms_nB.masked_fill(left_out_nB, 0)
     with torch.no_grad():
-        best_n = logits_nB.masked_fill(left_out_nB | own_nB, -torch.inf).amax(dim=1)
-        right_n = logits_nB.gather(1, batch.own[:, None])[:, 0] > best_n
+        own_n = logits_nB.masked_fill(~yes_nB, -torch.inf).amax(dim=1)
+        right_n = own_n > logits_nB.masked_fill(left_out_nB | yes_nB, -torch.inf).amax(dim=1)
     return {
         "loss": batch.keep_in_graph(batch.mean_over_anchors(terms_nB.sum(dim=1))),
         "accuracy": batch.mean_over_anchors(right_n.to(logits_nB.dtype)),
@@ -89,8 +89,7 @@ class SigLIPKernel(Kernel):
     sweeps = 1
 
     def __init__(self, batch: GlobalBatch, same_caption: str) -> None:
-        super().__init__(batch, leave_out_same=same_caption == "ignore")
-        self.positives = same_caption == "positive"
+        super().__init__(batch, leave_out_same=same_caption == "ignore", positives=same_caption == "positive")
         self.total = batch.scale.new_zeros(())
         self.share = batch.world / batch.anchors
         self.scratch = [batch.scale.new_empty(0)]  # becomes two more tiles
@@ -128,7 +127,7 @@ class SigLIPKernel(Kernel):
         w_rc, log_rc = (tile[: x_rc.numel()].view_as(x_rc) for tile in self.scratch)
         # where e^x would overflow, softplus(x) is x
         beyond = torch.sub(x_rc, self.highest, out=w_rc).relu_().sum()
-        v_rc = x_rc.clamp_(max=self.highest).exp_()
+        v_rc = exp_(x_rc.clamp_(max=self.highest))
         torch.add(v_rc, 1, out=w_rc).clamp_(min=1 + torch.finfo(x_rc.dtype).eps)
         torch.log(w_rc, out=log_rc)
         log_rc.div_(w_rc.sub_(1)).mul_(v_rc)

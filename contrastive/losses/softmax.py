@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from contrastive.losses.gather import GlobalBatch
-from contrastive.losses.tiled import Kernel, Tile
+from contrastive.losses.tiled import Kernel, Tile, exp_
 
 # float32 holds e^-87 to e^88. The largest logit of normalised features, the scale, is put at e^70 or below: that leaves
 # room for a sum over e^18 columns. A sum of at least e^-60 has lost nothing that float32 could hold to what lies below
@@ -36,7 +36,7 @@ class Exponentials:
         """exp(logit - shift) in place."""
         if self.shifts:
             x_rc.sub_(self.shift)
-        x_rc.exp_()
+        exp_(x_rc)
 
     def add(self, exp_rc: Tensor, tile: Tile) -> None:
         self.row_sum_n[tile.rows] += exp_rc.sum(dim=1)
@@ -66,8 +66,10 @@ class SoftmaxKernel(Kernel):
         leave_out_own: a pair's own logit is in no sum (DCL and what is made from it).
     """
 
-    def __init__(self, batch: GlobalBatch, *, leave_out_same: bool = False, leave_out_own: bool = False) -> None:
-        super().__init__(batch, leave_out_same=leave_out_same)
+    def __init__(
+        self, batch: GlobalBatch, *, leave_out_same: bool = False, positives: bool = False, leave_out_own: bool = False
+    ) -> None:
+        super().__init__(batch, leave_out_same=leave_out_same, positives=positives)
         self.leave_out_own = leave_out_own
         self.sums = Exponentials(batch, batch.scale)
         self.own_logit_n = torch.zeros_like(self.own_n)

@@ -60,8 +60,6 @@ def test_equals_loops_for_any_shape_scale_tile_ids_and_valid_rows(
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * max(1.0, scale))
     if "accuracy" in found:
         same_caption = variant.options.get("same_caption", "negative")
-        if name == "siglip positive":  # there another caption of the same id counts as another
-            same_caption = "negative"
         expected = accuracy_loops(image[valid], text[valid], ids[valid], same_caption)
         assert found["accuracy"].item() == pytest.approx(expected)
 
