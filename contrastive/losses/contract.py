@@ -75,11 +75,16 @@ def check_norms(name: str, features: Tensor, valid: Tensor | None) -> None:
     if valid is not None:
         wrong &= valid
     if bool(wrong.any()):
-        row = int(wrong.nonzero()[0, 0])
+        row, rows = int(wrong.nonzero()[0, 0]), f"{int(wrong.sum())} of {len(norms)} rows"
+        if not bool(norms[row].isfinite()):
+            raise UserError(
+                f"{name} features: row {row} has norm {float(norms[row])}, {rows} are wrong; if training went astray, "
+                "lower the learning rate (optim.lr), raise optim.warmup or set optim.clip"
+            )
         raise UserError(
-            f"{name} features: row {row} has norm {float(norms[row]):.4g}, {int(wrong.sum())} of {len(norms)} rows are "
-            "not L2-normalised; pass F.normalize(features, dim=-1) (a zero or non-finite vector has no direction: "
-            "look at the tower), or check=False to skip this"
+            f"{name} features: row {row} has norm {float(norms[row]):.4g}, {rows} are not L2-normalised; pass "
+            "F.normalize(features, dim=-1) (a zero vector has no direction: look at the tower), or check=False to skip "
+            "this"
         )
 
 

@@ -70,7 +70,7 @@ def _plain(batch: GlobalBatch, same_caption: str) -> dict[str, Tensor]:
         left_out_nB = left_out_nB | batch.same_id()
     terms_nB = terms_nB.masked_fill(left_out_nB, 0)
     with torch.no_grad():
-        own_n = logits_nB.masked_fill(~yes_nB, -torch.inf).amax(dim=1)
+        own_n = logits_nB.masked_fill(left_out_nB | ~yes_nB, -torch.inf).amax(dim=1)
         right_n = own_n > logits_nB.masked_fill(left_out_nB | yes_nB, -torch.inf).amax(dim=1)
     return {
         "loss": batch.keep_in_graph(batch.mean_over_anchors(terms_nB.sum(dim=1))),
