@@ -54,16 +54,18 @@ LOSSES: dict[str, list[str]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="torch threads of a run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="only these; nothing is written")
     arguments = parser.parse_args()
     extra = [] if arguments.threads is None else [f"train.threads={arguments.threads}"]
     train(RUNS / "teacher", [f"train.epochs={TEACHER_EPOCHS}", "run.seed=100", *extra])
     found: dict[str, list[dict[str, float]]] = {name: [] for name in LOSSES}
-    for seed in SEEDS:  # a seed of every loss before the next, so that an early end leaves a fair table
+    for seed in arguments.seeds:  # a seed of every loss before the next, so that an early end leaves a fair table
         for name, overrides in LOSSES.items():
             folder = RUNS / f"{name.replace(' ', '-').replace(',', '').replace('/', '-')}-{seed}"
             found[name].append(train(folder, [f"train.epochs={EPOCHS}", f"run.seed={seed}", *overrides, *extra]))
-            save(found)
     print_table(found)
+    if arguments.seeds == list(SEEDS):
+        save(found)
 
 
 def train(folder: Path, overrides: list[str]) -> dict[str, float]:
