@@ -339,6 +339,7 @@ def build_trainer(
         global_batch=batch,
         identity={
             "model": {**describe(model), "name": None},
+            "loss": [term.kind for term in terms_of(config.loss)],
             "locked towers": list(model.locked),
             "data": index.fingerprint,
             "global_batch": batch,

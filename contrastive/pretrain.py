@@ -26,7 +26,7 @@ from contrastive.build import (
     build_trainer,
     wants_training,
 )
-from contrastive.config import Config, DistillationConfig, dump_yaml, terms_of
+from contrastive.config import Config, CustomLossConfig, DistillationConfig, dump_yaml, terms_of
 from contrastive.errors import UserError
 from contrastive.evaluation import (
     Evaluation,
@@ -39,12 +39,14 @@ from contrastive.evaluation import (
     read_templates,
     write_report,
 )
+from contrastive.losses import CustomLoss
 from contrastive.models import TwoTower, load, reinitialised, save_model, train_tokenizer
 from contrastive.shards import ShardIndex, open_cache, open_index
 from contrastive.training import (
     LINE_EVERY_SECONDS,
     Trainer,
     append_metrics,
+    check_chunkable,
     check_identity,
     environment,
     list_checkpoints,
@@ -90,6 +92,7 @@ def pretrain(
     checkpoint = find_start(run_dir, resume=resume, overwrite=overwrite)
     check_shards(config)
     check_labelled_sets(config)
+    check_losses(config)
     with accelerator.main_process_first():  # one process builds the index, the others read it
         train_index = open_index(config.data.train)
         validation_index = open_index(config.data.validation) if config.data.validation else None
@@ -183,6 +186,18 @@ def check_labelled_sets(config: Config) -> None:
         for path in (labelled.test, labelled.train if "probe" in labelled.tasks else None):
             if path is not None:
                 open_labelled(path)
+
+
+def check_losses(config: Config) -> None:
+    """Import a loss of the user's own and look for teachers, before towers run over the data."""
+    for term in terms_of(config.loss):
+        if isinstance(term, CustomLossConfig):
+            CustomLoss(term.path, term.args)
+        if isinstance(term, DistillationConfig) and not Path(term.teacher).exists() and ":" not in term.teacher:
+            raise UserError(
+                f"loss.teacher: {term.teacher} does not exist; name a run folder, a model folder or an open_clip "
+                "model with its weights, NAME:TAG (without a tag its weights are random)"
+            )
 
 
 def settle_tokenizer(config: Config, index: ShardIndex, accelerator: Accelerator, kept: Path | None) -> str:
@@ -357,7 +372,10 @@ def dry_run(config: Config) -> str:
     if choice is not None:
         captions = open_index(config.data.train).captions() if found else ["no data to train a tokenizer on"]
         trained = train_tokenizer(captions, choice.vocab_size, choice.lowercase).to_str()
+    check_losses(config)
     model = build_model(config, trained)
+    if config.train.chunk is not None:
+        check_chunkable(model.train(), config.train.chunk)
     lines = [f"recipe is valid; run folder {config.run.dir}"]
     for name, module in (("image tower", model.image), ("text tower", model.text)):
         lines.append(f"{name:12s} {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters")

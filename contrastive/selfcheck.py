@@ -28,7 +28,7 @@ from contrastive.losses import DCL, CyCLIP, Distillation, InfoNCE, Loss, Margin,
 from contrastive.training import cached_backward
 
 ROWS, DIM = 300, 16  # of the global batch: odd numbers of rows a process on 4 processes, several tiles of 64
-TILES: tuple[int | None, ...] = (None, 64, 1000)
+TILES: tuple[int | str | None, ...] = (None, 64, "auto")  # a number computes its tiles twice, "auto" keeps them here
 CHUNKS = (1, 3)
 # The largest relative error of a gradient that is in order. bfloat16 towers round every activation to 8 bits: what is
 # shown there is the towers' precision, the loss itself is in float32.
@@ -61,7 +61,7 @@ class Case:
 
     loss: str
     processes: int
-    tile: int | None
+    tile: int | str | None
     exchange: str
     chunks: int
     precision: str

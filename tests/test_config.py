@@ -302,16 +302,30 @@ def test_a_wrong_value_is_told_with_its_path_and_a_remedy(problems, override, li
         ),
         (
             ["loss.kind=siglip"],
-            "loss.kind: siglip needs a learned bias; set model.logit_bias to -10 (and model.logit_scale.init to 10)",
+            "loss: siglip needs a learned bias; set model.logit_bias to -10 (and model.logit_scale.init to 10)",
         ),
         (
             ["loss=[{kind: cyclip}]"],
-            "loss.kind: cyclip is a regulariser, which constant features satisfy; use a list with another loss, "
+            "loss: cyclip is a regulariser, which constant features satisfy; use a list with another loss, "
             "[{kind: infonce}, {kind: cyclip}]",
         ),
         (
             ["loss={kind: margin, warmup_steps: 5}"],
-            "loss.warmup_steps: 'hardest' negatives have a warm-up, 'sum' has none; set it to 0",
+            "loss.warmup_steps: 5 steps of warm-up need negatives: hardest (negatives: sum); set that, or "
+            "warmup_steps to 0",
+        ),
+        (
+            ["loss=[{kind: infonce}, {kind: margin, warmup_steps: 5}]"],
+            "loss[1].warmup_steps: 5 steps of warm-up need negatives: hardest (negatives: sum); set that, or "
+            "warmup_steps to 0",
+        ),
+        (
+            ["loss={weight: 3}"],
+            "loss.weight: 3 does nothing for a single loss; change optim.lr, or use a list of losses",
+        ),
+        (
+            ["loss={kind: distillation, teacher: t}", "data.caption_variants=0.5"],
+            "data.caption_variants: the teacher of loss has read each sample's first caption only; set it to 0",
         ),
         (
             ["loss={tile: null, exchange: ring}"],

@@ -1,6 +1,8 @@
 """The examples of docs/losses.md run and keep what they promise."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from tests.distributed.spawn import run_ranks
 from tests.losses.dense import features, gradients, relative_error
 from tests.tiny import write_corpus, write_recipe
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "losses.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "losses.md").read_text()
 N = 12
 
 
@@ -55,17 +58,27 @@ def test_the_worked_example_gives_the_global_gradient_on_any_number_of_processes
         assert all(rank[3] == 0 for rank in ranks)
 
 
-def test_the_worked_example_trains_by_its_import_path(tmp_path, monkeypatch):
-    from contrastive.pretrain import pretrain
+# As an installed command starts: the folder of its script is on the path, the user's is not.
+CONSOLE_SCRIPT = """
+import sys
+sys.path[:] = [place for place in sys.path if place not in ("", sys.argv[1])]
+from contrastive.cli import main
+sys.exit(main(["train", *sys.argv[2:]]))
+"""
 
+
+def test_the_worked_example_trains_by_its_import_path(tmp_path):
     source = re.findall(r"```python\n# my_losses.py\n(.*?)```", PAGE, re.DOTALL)[0]
     (tmp_path / "my_losses.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
     recipe = write_recipe(write_corpus(tmp_path / "corpus"), tmp_path / "mine.yaml")
     override = re.findall(r"contrastive train mine.yaml '(loss=.*?)'", PAGE)[0]
-    config = load_config(recipe, [f"run.dir={tmp_path}/run", "train.steps=2", override])
-    assert pretrain(config, quiet=True) is not None
+    command = [sys.executable, "-c", CONSOLE_SCRIPT, str(tmp_path), str(recipe), override]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, f"run.dir={tmp_path}/run", "train.steps=2"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))

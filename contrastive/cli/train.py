@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 NAME = "train"
 STOPPED = 75  # sysexits.h EX_TEMPFAIL: stopped by a signal with a checkpoint; run again with --resume
@@ -24,6 +25,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
+    if "" not in sys.path:  # a loss of the user's own lies where the user is, also for an installed command
+        sys.path.insert(0, "")
     config = load_config(args.recipe, args.overrides)
     if args.print_config:
         print(dump_yaml(config), end="")

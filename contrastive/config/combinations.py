@@ -71,19 +71,31 @@ def _losses(config: Config) -> Iterator[Problem]:
     kinds = [term.kind for term in terms]
     own_bias = config.model.kind == "open_clip" and config.model.pretrained is not None  # the weights may bring one
     if "siglip" in kinds and config.model.logit_bias is None and not own_bias:
-        line = "loss.kind: siglip needs a learned bias; set model.logit_bias to -10 (and model.logit_scale.init to 10)"
+        line = "loss: siglip needs a learned bias; set model.logit_bias to -10 (and model.logit_scale.init to 10)"
         yield ("loss", "model.logit_bias"), line
     if set(kinds) == {"cyclip"}:
-        line = "loss.kind: cyclip is a regulariser, which constant features satisfy; use a list with another loss, "
+        line = "loss: cyclip is a regulariser, which constant features satisfy; use a list with another loss, "
         line += "[{kind: infonce}, {kind: cyclip}]"
         yield ("loss",), line
-    for term in terms:
+    for i, term in enumerate(terms):
+        where = f"loss[{i}]" if isinstance(config.loss, tuple) else "loss"
+        if term.weight != 1 and not isinstance(config.loss, tuple):
+            line = (
+                f"loss.weight: {term.weight:g} does nothing for a single loss; change optim.lr, or use a list of losses"
+            )
+            yield ("loss",), line
         if term.kind == "margin" and term.warmup_steps and term.negatives != "hardest":
-            line = f"loss.warmup_steps: 'hardest' negatives have a warm-up, '{term.negatives}' has none; set it to 0"
+            line = f"{where}.warmup_steps: {term.warmup_steps} steps of warm-up need negatives: hardest "
+            line += f"(negatives: {term.negatives}); set that, or warmup_steps to 0"
             yield ("loss",), line
         if term.kind not in ("cyclip", "custom") and term.tile is None and term.exchange == "ring":
-            line = "loss.exchange: ring passes tiles on; use it with loss.tile auto, or gather with null"
+            line = f"{where}.exchange: ring passes tiles on; use it with {where}.tile auto, or gather with null"
             yield ("loss",), line
+        if term.kind == "distillation" and config.data.caption_variants:
+            line = (
+                f"data.caption_variants: the teacher of {where} has read each sample's first caption only; set it to 0"
+            )
+            yield ("data.caption_variants", "loss"), line
 
 
 def _augmentation(config: Config) -> Iterator[Problem]:

@@ -211,7 +211,7 @@ class TrainConfig(Block):
     chunk: int | None = Field(
         None,
         ge=1,
-        description="pairs that a process puts through the towers at once; null: all. Less memory, about 1.3 times "
+        description="pairs that a process puts through the towers at once; null: all. Less memory, up to 1.3 times "
         "the time, the same gradient (GradCache)",
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 where supported")

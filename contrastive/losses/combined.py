@@ -48,7 +48,7 @@ class WeightedSum(nn.Module):
             wanted = {need: further[need] for need in needs_of(loss) if need in further}
             result = loss(image, text, scale, bias, ids, group, valid, **wanted)
             total = total + self.weights[name] * result["loss"]
-            logged |= {f"{name}_{key}": value.detach() for key, value in result.items()}
+            logged |= {f"{name}_{key}": value.detach() for key, value in result.items() if torch.is_tensor(value)}
         return {"loss": total, **logged}
 
 
@@ -74,17 +74,20 @@ class CustomLoss(nn.Module):
         self.path, self.arguments = path, dict(arguments or {})
         found = _import(path)
         self.bound: dict[str, Any] = {}
+        try:
+            if inspect.isclass(found):
+                inspect.signature(found).bind(**self.arguments)
+            else:  # as a training step calls it
+                inspect.signature(found).bind(None, None, None, None, ids=None, valid=None, **self.arguments)
+                self.bound = self.arguments
+        except TypeError as error:
+            raise UserError(
+                f"loss.args: {path} does not take {self.arguments} beside image, text, scale, bias, ids, valid: {error}"
+            ) from None
         if inspect.isclass(found):
-            try:
-                found = found(**self.arguments)
-            except (TypeError, ValueError) as error:
-                raise UserError(f"loss {path}: {found.__name__} does not take {self.arguments} ({error})") from None
-        else:
-            parameters = inspect.signature(found).parameters
-            unknown = [name for name in self.arguments if name not in parameters]
-            if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-                raise UserError(f"loss {path}: it has no argument {unknown[0]!r}; it has {', '.join(parameters)}")
-            self.bound = self.arguments
+            found = found(**self.arguments)
+            if any(parameter.requires_grad for parameter in getattr(found, "parameters", tuple)()):
+                raise UserError(f"loss.path: {path} has parameters, which no optimizer trains; keep them in the model")
         self.loss: Callable[..., Any] = found  # a module registers itself here, so that its state is saved
         self.needs = needs_of(found)
 
@@ -93,20 +96,24 @@ class CustomLoss(nn.Module):
         result = self.loss(*arguments, **keywords, **self.bound)
         loss = result.get("loss") if isinstance(result, dict) else None
         if not (torch.is_tensor(loss) and loss.numel() == 1):
-            raise UserError(f"loss {self.path}: it returned {type(result).__name__}; expected a dict with a 0-d 'loss'")
+            raise UserError(
+                f"loss.path: {self.path} must return a dict with a 0-d tensor 'loss'; it returned {result!r:.80}"
+            )
         return result
 
 
 def _import(path: str) -> Any:
     module, colon, name = path.partition(":")
     if not (module and colon and name):
-        raise UserError(f"loss {path!r}: expected an import path such as my_package.losses:MyLoss")
+        raise UserError(f"loss.path: {path!r} is no import path such as my_package.losses:MyLoss")
     try:
         found = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise UserError(f"loss {path}: {module} cannot be imported here ({error})") from None
+    except (ImportError, SyntaxError) as error:
+        raise UserError(
+            f"loss.path: {module} cannot be imported here ({error}); start in the folder of {module}.py, or install it"
+        ) from None
     except AttributeError:
-        raise UserError(f"loss {path}: {module} has no {name}") from None
+        raise UserError(f"loss.path: {module} has no {name}") from None
     if not callable(found):
-        raise UserError(f"loss {path}: {name} is {type(found).__name__}, neither a function nor a class")
+        raise UserError(f"loss.path: {path} is {type(found).__name__}, neither a function nor a class")
     return found

@@ -43,8 +43,9 @@ def check_arguments(
     if not (image.is_floating_point() and text.is_floating_point()):
         raise UserError(f"image {image.dtype} and text {text.dtype}: a loss takes floating-point features")
     for name, value in (("scale", scale), ("bias", bias)):
-        if value is not None and value.numel() != 1:
-            raise UserError(f"{name} of shape {tuple(value.shape)}: a loss takes a 0-d tensor")
+        if value is not None and not (isinstance(value, Tensor) and value.numel() == 1):
+            shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
+            raise UserError(f"{name} {shown}: a loss takes a 0-d tensor")
     for name, value, dtype in (("ids", ids, torch.int64), ("valid", valid, torch.bool)):
         if value is not None and (value.shape != image.shape[:1] or value.dtype != dtype):
             raise UserError(f"{name} is {value.dtype} {tuple(value.shape)}: a loss takes {dtype} ({image.shape[0]},)")
@@ -71,16 +72,12 @@ def _check_scale(scale: Tensor) -> None:
 def check_norms(name: str, features: Tensor, valid: Tensor | None) -> None:
     """Raise UserError for a valid row that is not L2-normalised, with its number."""
     norms = torch.linalg.vector_norm(features.detach(), dim=1, dtype=torch.promote_types(features.dtype, torch.float32))
-    wrong = ~((norms - 1).abs() <= NORM_TOLERANCE)  # negated, so that NaN counts as wrong
+    # NaN is let through: the loss becomes NaN, and the trainer stops all ranks alike, where this would stop one
+    wrong = (norms - 1).abs() > NORM_TOLERANCE
     if valid is not None:
         wrong &= valid
     if bool(wrong.any()):
         row, rows = int(wrong.nonzero()[0, 0]), f"{int(wrong.sum())} of {len(norms)} rows"
-        if not bool(norms[row].isfinite()):
-            raise UserError(
-                f"{name} features: row {row} has norm {float(norms[row])}, {rows} are wrong; if training went astray, "
-                "lower the learning rate (optim.lr), raise optim.warmup or set optim.clip"
-            )
         raise UserError(
             f"{name} features: row {row} has norm {float(norms[row]):.4g}, {rows} are not L2-normalised; pass "
             "F.normalize(features, dim=-1) (a zero vector has no direction: look at the tower), or check=False to skip "
@@ -107,7 +104,7 @@ def check_same_caption(same_caption: str, choices: tuple[str, ...], ids: Tensor 
 
 def check_tiling(tile: int | str | None, exchange: str) -> None:
     """Raise UserError for a tile or an exchange that does not exist."""
-    if tile is not None and tile != "auto" and (isinstance(tile, (str, bool)) or tile < 1):
+    if tile is not None and tile != "auto" and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
         raise UserError(f"tile {tile!r}: choose 'auto', None for the plain loss, or the side of a tile, as in 1024")
     if exchange not in EXCHANGES:
         raise UserError(f"exchange {exchange!r}: choose one of {', '.join(EXCHANGES)}")
@@ -129,7 +126,9 @@ class Loss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        valid = [p.name for p in inspect.signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        parameters = inspect.signature(self.function).parameters.values()
+        # what has no default is no option, but given with each batch
+        valid = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
         for name in options:
             if name not in valid:
                 raise TypeError(f"{type(self).__name__} has no option {name!r}; it has {', '.join(valid)}")

@@ -35,7 +35,7 @@ def cyclip(
     over all pairs would divide by B^2. Scale and bias do not appear; their gradients are zero.
 
     Squares of differences of B x B products are traces of D x D products,  ||XX' - YY'||^2 = ||X'X||^2 - 2 ||X'Y||^2 +
-    ||Y'Y||^2,  so that no B x B matrix arises: time O(n D^2), memory O(D^2), and what ranks exchange, three D x D
+    ||Y'Y||^2,  so that no B x B matrix arises: time O(n D^2), memory O(n D + D^2), and what ranks exchange, three D x D
     matrices, does not grow with the batch. They are summed in float64, since the traces nearly cancel once the loss
     is small; on a device without float64 that shows.
 
@@ -50,8 +50,6 @@ def cyclip(
     with torch.autocast(image.device.type, enabled=False):
         batch = global_batch(image, text, scale, bias, ids, group, valid, check)
         image_nD, text_nD = batch.image_nD, batch.text_nD
-        if batch.valid_n is not None:
-            image_nD, text_nD = (x.masked_fill(~batch.valid_n[:, None], 0) for x in (image_nD, text_nD))
         if image.device.type != "mps":
             image_nD, text_nD = image_nD.double(), text_nD.double()
         ii_DD, tt_DD, it_DD = _sum_over_ranks(

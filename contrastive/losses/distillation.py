@@ -174,6 +174,11 @@ class Distillation(Loss):
         if samples is None:
             raise UserError("distillation looks the teacher's features up: pass the pairs' numbers as `samples`")
         where = samples.to(self.teacher_image.device)
+        if int(where.min()) < 0 or int(where.max()) >= len(self.teacher_image):
+            raise UserError(
+                f"samples from {int(where.min())} to {int(where.max())}: the teacher has features of "
+                f"{len(self.teacher_image)} samples"
+            )
         return distillation(
             image, text, scale, bias, ids, group, valid,
             teacher_image=self.teacher_image[where].to(image.device),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from contrastive.errors import UserError
 from contrastive.losses.contract import check_arguments, check_batch_size
 
 # torch renamed them, and warns of the old names
@@ -40,7 +41,7 @@ def all_gather(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def reduce_scatter(rows_BD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """This rank's n rows of the sum over ranks of `rows_BD`; gloo may use that tensor as scratch."""
+    """This rank's n rows of the sum over ranks of `rows_BD`."""
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     n = rows_BD.shape[0] // world
     if dist.get_backend(group) == "nccl":
@@ -50,7 +51,7 @@ def reduce_scatter(rows_BD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     # gloo has no reduce-scatter on the older versions of torch that we support
     rows_BD = rows_BD.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(rows_BD, group=group)
-    return rows_BD[rank * n : (rank + 1) * n]
+    return rows_BD[rank * n : (rank + 1) * n].clone()  # a view would keep all rows
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ def global_batch(
         rank = dist.get_rank(group)
         if image.device.type == "cpu":  # elsewhere the check would make the host wait for the device every step
             sizes = all_gather(torch.tensor([image.shape[0]]), group).tolist()
-            assert len(set(sizes)) == 1, f"local batches of {sizes} rows: pad them to one size and use `valid`"
+            if len(set(sizes)) > 1:
+                raise UserError(f"local batches of {sizes} rows: pad them to one size and use `valid`")
         extra = [x.to(torch.int64) for x in (ids, valid) if x is not None]
         if extra:
             columns = list(all_gather(torch.stack(extra, dim=1), group).unbind(dim=1))
@@ -193,4 +195,6 @@ def global_batch(
             valid_all = columns.pop(0).bool() if valid is not None else None
     if valid_all is not None and valid_all.device.type == "cpu" and bool(valid_all.all()):
         valid = valid_all = None  # nothing to leave out: the shorter way
+    if valid is not None:  # whatever stands there, NaN too, must not reach a product
+        image, text = (features.masked_fill(~valid[:, None], 0) for features in (image, text))
     return GlobalBatch(image, text, scale, bias, ids, ids_all, valid, valid_all, group, world, rank)

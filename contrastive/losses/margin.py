@@ -335,8 +335,12 @@ class Margin(Loss):
 
     def forward(self, *arguments: Any, **keywords: Any) -> dict[str, Tensor]:
         """Call `margin` with the bound options, at the hardness of this step."""
+        options: dict[str, Any] = dict(self.options)
         if self.warmup_steps:
-            self.options["hardness"] = self.hardness * min(1.0, int(self.steps) / self.warmup_steps)
+            options["hardness"] = self.hardness * min(1.0, int(self.steps) / self.warmup_steps)
             if self.training:
                 self.steps += 1
-        return super().forward(*arguments, **keywords)
+        return margin(*arguments, **(keywords | options))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, warmup_steps={self.warmup_steps}"

@@ -11,10 +11,10 @@ from torch import Tensor
 from contrastive.losses.gather import GlobalBatch
 from contrastive.losses.tiled import Kernel, Tile, exp_
 
-# float32 holds e^-87 to e^88. The largest logit of normalised features, the scale, is put at e^70 or below: that leaves
-# room for a sum over e^18 columns. A sum of at least e^-60 has lost nothing that float32 could hold to what lies below
-# e^-87. float64 holds e^-708 to e^709.
-HIGHEST = {torch.float32: 70.0, torch.float64: 600.0}
+# float32 holds e^-87 to e^88. The largest logit of normalised features, the scale, is put at e^60 or below: so a factor
+# of 1 / (2 B sum) stays a normal number for sums over e^13 columns of equal logits. A sum of at least e^-60 has lost
+# nothing that float32 could hold to what lies below e^-87. float64 holds e^-708 to e^709.
+HIGHEST = {torch.float32: 60.0, torch.float64: 600.0}
 LOWEST = {torch.float32: -60.0, torch.float64: -600.0}
 
 
@@ -52,7 +52,8 @@ class Exponentials:
 
     @staticmethod
     def _wrong(sums: Tensor) -> Tensor:
-        return ~((sums >= math.exp(LOWEST[sums.dtype])) & sums.isfinite())
+        # NaN is not for float64 to mend: it goes on to the loss, where the trainer stops on it on all ranks alike
+        return (sums < math.exp(LOWEST[sums.dtype])) | sums.isposinf()
 
     def log_sums(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
         """`(n,)` each: log of the sum of exp(logit) over a pair's row and over its column."""

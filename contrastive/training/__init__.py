@@ -1,6 +1,6 @@
 """The training loop, its step, checkpoints, schedule and tracking."""
 
-from contrastive.training.caching import cached_backward
+from contrastive.training.caching import cached_backward, check_chunkable
 from contrastive.training.checkpoint import check_identity, list_checkpoints
 from contrastive.training.optimizer import adamw
 from contrastive.training.progress import LINE_EVERY_SECONDS
@@ -17,6 +17,7 @@ __all__ = [
     "adamw",
     "append_metrics",
     "cached_backward",
+    "check_chunkable",
     "check_identity",
     "environment",
     "list_checkpoints",

@@ -103,7 +103,7 @@ class Trainer:
         window = _Window()
         share = self.duration.progress(self.step, self.seconds)
         stopping = False
-        with _stop_on_signal() as stop_requested:
+        with _stop_on_signal() as stop_requested, _closing(loader):
             # A step lasts from one turn of the loop to the next: an accelerator works on after the call returns, and
             # whoever waits for it first pays. Saving and validation are left out by starting the clock anew.
             started = time.perf_counter()
@@ -224,6 +224,15 @@ class _Window:
 
     def means(self) -> dict[str, float]:
         return {key: float(value) / self.steps for key, value in self.sums.items()}
+
+
+@contextmanager
+def _closing(loader: Any) -> Any:
+    """End the loader's workers however the loop ends: they ignore the signal by which Python ends them at exit."""
+    try:
+        yield
+    finally:
+        getattr(loader, "close", lambda: None)()
 
 
 @contextmanager

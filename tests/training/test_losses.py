@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from contrastive.build import build_loss
 from contrastive.errors import UserError
 from contrastive.losses import CustomLoss, InfoNCE, Margin, WeightedSum
-from contrastive.pretrain import pretrain
+from contrastive.pretrain import dry_run, pretrain
 from tests.tiny import tiny_config
 
 SIGMOID = ["model.logit_bias=-10", "model.logit_scale.init=10"]
@@ -70,13 +70,6 @@ def test_distillation_trains_from_a_run_folder(make_config, tmp_path):
     assert sum(row["train/loss"] for row in logged[-10:]) < sum(row["train/loss"] for row in logged[:10])
 
 
-def test_a_teacher_that_is_not_there_is_named_before_anything_is_written(make_config):
-    config = make_config("loss={kind: distillation, teacher: runs/nowhere}")
-    with pytest.raises(UserError, match="runs/nowhere"):
-        pretrain(config, quiet=True)
-    assert not Path(config.run.dir).exists()
-
-
 def test_a_list_is_the_weighted_sum_and_logs_its_terms(make_config):
     config = make_config("loss=[{kind: infonce, weight: 2}, {kind: dcl}, {kind: infonce, label_smoothing: 0.1}]")
     loss = build_loss(config, 40, {})
@@ -109,15 +102,37 @@ def test_a_loss_with_a_state_resumes_bit_for_bit(make_config, tmp_path, name):
     assert all(torch.equal(resumed[key], value) for key, value in expected.items())
 
 
-def test_resuming_with_a_loss_whose_state_was_not_kept_is_refused(make_config):
+def test_resuming_with_another_loss_is_refused(make_config):
     pretrain(make_config(), stop_after=2, quiet=True)
-    with pytest.raises(UserError, match="does not hold what the loss keeps from step to step .log_u"):
+    with pytest.raises(UserError, match=r"its loss is another one \(saved \['infonce'\], now \['sogclr'\]"):
         pretrain(make_config("loss.kind=sogclr"), resume=True, quiet=True)
+    config = Path(make_config().run.dir) / "config.yaml"
+    assert "sogclr" not in config.read_text()  # and what stands there is still the run's own
 
 
-def test_a_custom_loss_that_cannot_be_imported_is_named(make_config):
-    with pytest.raises(UserError, match="no_such_package"):
-        pretrain(make_config("loss={kind: custom, path: 'no_such_package:loss'}"), quiet=True)
+def test_a_checkpoint_that_lacks_what_the_loss_keeps_is_refused(make_config):
+    config = make_config("loss.kind=sogclr")
+    pretrain(config, stop_after=2, quiet=True)
+    (Path(config.run.dir) / "checkpoints" / "step_2" / "loss.safetensors").unlink()
+    with pytest.raises(UserError, match="does not hold what the loss keeps from step to step .log_u"):
+        pretrain(config, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("job", [lambda config: pretrain(config, quiet=True), dry_run], ids=["train", "dry run"])
+@pytest.mark.parametrize("loss, message", [
+    ("{kind: custom, path: 'no_such_package:loss'}", "loss.path: no_such_package cannot be imported"),
+    ("{kind: distillation, teacher: runs/nowhere}", "loss.teacher: runs/nowhere does not exist"),
+])  # fmt: skip
+def test_what_a_loss_names_and_is_not_there_is_told_first(make_config, job, loss, message):
+    config = make_config(f"loss={loss}")
+    with pytest.raises(UserError, match=message):
+        job(config)
+    assert not Path(config.run.dir).exists()
+
+
+def test_a_dry_run_refuses_chunks_of_a_tower_with_batch_normalisation(make_config):
+    with pytest.raises(UserError, match="train.chunk: 4 does not go with image.trunk.bn1"):
+        dry_run(make_config("model.image.name=resnet18", "model.image.kwargs={}", "train.chunk=4"))
 
 
 def test_chunks_give_the_loss_curve_of_whole_batches_for_a_loss_with_a_state(corpus, tmp_path):
