@@ -44,6 +44,7 @@ LOSSES: dict[str, list[str]] = {
     ],
     "margin, semi-hard, ignored": ["loss={kind: margin, negatives: semi-hard}"],
     "infonce + cyclip, ignored": ["loss=[{kind: infonce}, {kind: cyclip}]"],
+    "infonce + 0.02 cyclip, ignored": ["loss=[{kind: infonce}, {kind: cyclip, weight: 0.02}]"],
     "sogclr, gamma 0.9, ignored": ["loss={kind: sogclr, gamma: 0.9}"],
     "fastclip (sogclr, rho 6.5), ignored": ["loss={kind: sogclr, gamma: 0.9, rho: 6.5}"],
     "distillation from 12 epochs of infonce": [f"loss={DISTILLED}"],

@@ -85,7 +85,10 @@ class CustomLoss(nn.Module):
                 f"loss.args: {path} does not take {self.arguments} beside image, text, scale, bias, ids, valid: {error}"
             ) from None
         if inspect.isclass(found):
-            found = found(**self.arguments)
+            try:
+                found = found(**self.arguments)
+            except ValueError as error:
+                raise UserError(f"loss.args: {path} refuses {self.arguments}: {error}") from error
             if any(parameter.requires_grad for parameter in getattr(found, "parameters", tuple)()):
                 raise UserError(f"loss.path: {path} has parameters, which no optimizer trains; keep them in the model")
         self.loss: Callable[..., Any] = found  # a module registers itself here, so that its state is saved

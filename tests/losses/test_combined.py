@@ -69,7 +69,18 @@ def test_sum_needs_terms_with_different_names(names: list[str]) -> None:
 # ---- a loss of the user's own
 
 
-def own_function(image: Tensor, text: Tensor, scale: Tensor, *contract: Any, power: int = 1) -> dict[str, Tensor]:
+def takes_no_ids(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *, power: int = 1) -> dict[str, Tensor]:
+    return {"loss": image.sum() * power}
+
+
+class WithParameters(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+
+def own_function(
+    image: Tensor, text: Tensor, scale: Tensor, *contract: Any, power: int = 1, **rest: Any
+) -> dict[str, Tensor]:
     return {"loss": ((image - text) ** 2).sum() ** power + 0 * scale}
 
 
@@ -77,15 +88,15 @@ def takes_anything(image: Tensor, text: Tensor, scale: Tensor, *contract: Any, *
     return {"loss": image.sum() * keywords["factor"]}
 
 
-def returns_a_tensor(*arguments: Any) -> Tensor:
+def returns_a_tensor(*arguments: Any, **rest: Any) -> Tensor:
     return torch.zeros(())
 
 
-def returns_a_dict_without_loss(*arguments: Any) -> dict[str, Tensor]:
+def returns_a_dict_without_loss(*arguments: Any, **rest: Any) -> dict[str, Tensor]:
     return {"value": torch.zeros(())}
 
 
-def returns_a_loss_a_row(image: Tensor, *arguments: Any) -> dict[str, Tensor]:
+def returns_a_loss_a_row(image: Tensor, *arguments: Any, **rest: Any) -> dict[str, Tensor]:
     return {"loss": image.sum(dim=1)}
 
 
@@ -150,14 +161,16 @@ def test_own_loss_takes_part_in_a_sum() -> None:
 @pytest.mark.parametrize(
     ("path", "arguments", "message"),
     [
-        ("no_colon", {}, "'no_colon': expected an import path such as my_package.losses:MyLoss"),
-        (":name", {}, "expected an import path"),
-        ("no_such_module:name", {}, "no_such_module cannot be imported here.*No module named"),
+        ("no_colon", {}, "loss.path: 'no_colon' is no import path such as my_package.losses:MyLoss"),
+        (":name", {}, "is no import path"),
+        ("no_such_module:name", {}, "loss.path: no_such_module cannot be imported here.*start in the folder"),
         (f"{HERE}:missing", {}, f"{HERE} has no missing"),
-        (f"{HERE}:NOT_CALLABLE", {}, "NOT_CALLABLE is int, neither a function nor a class"),
-        (f"{HERE}:own_function", {"powr": 2}, "has no argument 'powr'; it has image, text, scale, contract, power"),
-        (f"{HERE}:OwnClass", {"wieght": 2.0}, "OwnClass does not take {'wieght': 2.0}"),
-        (f"{HERE}:OwnClass", {"weight": -1.0}, "OwnClass does not take .*weight below 0"),
+        (f"{HERE}:NOT_CALLABLE", {}, "loss.path: .*NOT_CALLABLE is int, neither a function nor a class"),
+        (f"{HERE}:takes_no_ids", {}, "loss.args: .*takes_no_ids does not take {} .*argument 'ids'"),
+        (f"{HERE}:own_function", {"image": 2}, "loss.args: .* does not take {'image': 2} .*multiple values"),
+        (f"{HERE}:OwnClass", {"wieght": 2.0}, "loss.args: .*OwnClass does not take {'wieght': 2.0}"),
+        (f"{HERE}:OwnClass", {"weight": -1.0}, "loss.args: .*OwnClass refuses .*weight below 0"),
+        (f"{HERE}:WithParameters", {}, "loss.path: .*WithParameters has parameters, which no optimizer trains"),
     ],
 )
 def test_loss_that_cannot_be_had_is_named(path: str, arguments: dict, message: str) -> None:
@@ -166,9 +179,9 @@ def test_loss_that_cannot_be_had_is_named(path: str, arguments: dict, message: s
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("returns_a_tensor", "Tensor"), ("returns_a_dict_without_loss", "dict"), ("returns_a_loss_a_row", "dict")],
+    ("name", "shown"),
+    [("returns_a_tensor", "tensor"), ("returns_a_dict_without_loss", "{'value'"), ("returns_a_loss_a_row", "{'loss'")],
 )
-def test_result_without_a_0d_loss_is_refused(name: str, kind: str) -> None:
-    with pytest.raises(UserError, match=f"{name}: it returned {kind}; expected a dict with a 0-d 'loss'"):
+def test_result_without_a_0d_loss_is_refused(name: str, shown: str) -> None:
+    with pytest.raises(UserError, match=f"{name} must return a dict with a 0-d tensor 'loss'; it returned {shown}"):
         CustomLoss(f"{HERE}:{name}")(*leaves())
