@@ -23,7 +23,7 @@ class Exponentials:
 
     A softmax usually takes a row's maximum for its shift. With one for all, a single exponential serves the row and the
     column in both sweeps, and ranks add up their column sums as they are. The price is that sums can leave the range of
-    the number format, for logits far apart; `in_range` says so.
+    the number format, for logits far apart; `settle` says so.
     """
 
     def __init__(self, batch: GlobalBatch, scale: Tensor) -> None:
