@@ -19,6 +19,7 @@ import numpy as np
 
 from contrastive.errors import UserError
 from contrastive.shards.record import IMAGE_EXTENSIONS, Record
+from contrastive.shards.storage import local_path
 from contrastive.shards.tar import Member, members
 
 VERSION = 1
@@ -102,7 +103,7 @@ class ShardIndex:
         if shard not in self._files:
             if len(self._files) >= 64:  # far below the usual limit of 1,024 open files
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
+            self._files[shard] = os.open(local_path(self.shards[shard]), os.O_RDONLY)
         data = os.pread(self._files[shard], size, offset)
         if len(data) != size:
             raise UserError(f"{self.shards[shard]}: shorter than when it was indexed, at byte {offset}")

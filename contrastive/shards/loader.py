@@ -13,14 +13,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from contrastive.errors import UserError
-from contrastive.images import square
-from contrastive.shards.augment import DRAWS, Augment, augment_image
+from contrastive.shards.augment import DRAWS, Augment
 from contrastive.shards.batch import Batch
 from contrastive.shards.cache import open_cache
-from contrastive.shards.decode import decode_image
 from contrastive.shards.index import ShardIndex, caption_id
 from contrastive.shards.order import Order, draws, local_batch
 from contrastive.shards.record import Rejected
+from contrastive.shards.render import render, render_image
 
 Tokenize = Callable[[list[str]], Any]
 
@@ -147,15 +146,10 @@ class _Steps(Dataset[Batch]):
         rejected: Counter[str] = Counter()
         for row, (sample, u) in enumerate(zip(samples.tolist(), numbers, strict=True)):
             try:
-                image = self._image(sample)
+                pixels[row] = self._pixels(sample, u)
             except Rejected as fault:
                 rejected[fault.reason] += 1
                 continue
-            if self.augment is None:
-                image = square(image, self.size)
-            else:
-                image = augment_image(image, self.size, self.augment, u, self.fill)
-            pixels[row] = np.asarray(image)
             variant = self._variant(sample, u[DRAWS], u[DRAWS + 1])
             captions[row] = self.index.caption(sample) if variant is None else variant
             if variant is not None:
@@ -171,12 +165,12 @@ class _Steps(Dataset[Batch]):
             rejected=dict(rejected),
         )
 
-    def _image(self, sample: int) -> Image.Image:
+    def _pixels(self, sample: int, u: list[float]) -> np.ndarray:
         if self.cache is None:
-            return decode_image(self.index.image(sample))
+            return render(self.index.image(sample), self.size, self.augment, u, self.fill)
         if sample in self.cache.rejected:
             raise Rejected(self.cache.rejected[sample])
-        return Image.fromarray(self.cache.pixels[sample])
+        return render_image(Image.fromarray(self.cache.pixels[sample]), self.size, self.augment, u, self.fill)
 
     def _variant(self, sample: int, chance: float, which: float) -> str | None:
         """One of the sample's further captions, with the wanted probability; None for its first one."""
