@@ -41,6 +41,7 @@ from contrastive.losses.contract import Loss
 from contrastive.losses.cyclip import CyCLIP, cyclip
 from contrastive.losses.dcl import DCL, dcl
 from contrastive.losses.distillation import Distillation, distillation
+from contrastive.losses.fused import fuse
 from contrastive.losses.gather import GlobalBatch, global_batch
 from contrastive.losses.infonce import InfoNCE, infonce
 from contrastive.losses.margin import Margin, margin
@@ -65,6 +66,7 @@ __all__ = [
     "cyclip",
     "dcl",
     "distillation",
+    "fuse",
     "global_batch",
     "infonce",
     "margin",
