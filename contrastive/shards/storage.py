@@ -96,7 +96,7 @@ def local_path(shard: Shard) -> Path:
 
 
 def shard_stat(shard: Shard) -> tuple[int, int]:
-    """Size in bytes and modification time in ns of a shard, also of one whose copy was evicted; it is not fetched again.
+    """Size in bytes and modification time in ns of a shard, also of one whose copy was evicted: it is not fetched.
 
     Raises as `local_path`, for a shard that was never fetched; FileNotFoundError for a local one that is not there.
     """
@@ -132,13 +132,13 @@ def index_folder(shards: Sequence[Shard]) -> Path:
     """
     settings = remote_settings()
     remote = [os.fspath(shard) for shard in shards if is_remote(shard)]
-    for shard in remote:
-        _failed.pop(shard, None)
+    for url in remote:
+        _failed.pop(url, None)
     _drop_replaced(remote, settings)
-    names = "\0".join(
-        identity(text) if is_remote(text) else os.path.abspath(_plain(text)) for text in map(os.fspath, shards)
-    )
-    folder = settings.cache_dir / "index" / _digest(names)
+    names = []
+    for shard in shards:
+        names.append(identity(os.fspath(shard)) if is_remote(shard) else os.path.abspath(local_path(shard)))
+    folder = settings.cache_dir / "index" / _digest("\0".join(names))
     with _disk(settings):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -407,7 +407,7 @@ def _braces(text: str) -> list[str]:
         if count + len(open_) + len(done) > MAX_SHARDS:
             raise UserError(f"{redact(text)}: stands for more than {MAX_SHARDS:,} shards")
         open_ += [now[: match.start()] + part + now[match.end() :] for part in parts]
-    return sorted(done)
+    return sorted(set(done))
 
 
 def _check_pipe(shard: str, settings: Remote) -> None:
