@@ -143,5 +143,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # this folder, whose file names are no top-level modules
+    if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+        del sys.path[0]  # the names in this folder are no top-level modules
     main()

@@ -94,10 +94,23 @@ def test_credentials_are_not_shown(text: str, shown: str) -> None:
     assert redact(text) == shown
 
 
-def test_a_new_signature_is_the_same_shard_and_another_query_another() -> None:
-    first = identity("https://u:p@h/x.tar?id=1&X-Amz-Signature=a&X-Amz-Date=1&X-Amz-Security-Token=t")
-    assert first == identity("https://h/x.tar?id=1&X-Amz-Signature=b") == "https://h/x.tar?id=1"
-    assert identity("https://h/x.tar?id=2") != first
+@pytest.mark.parametrize(
+    "signed",
+    [
+        "https://u:p@h/x.tar?id=1&X-Amz-Signature=a&X-Amz-Date=1&X-Amz-Security-Token=t",
+        "https://h/x.tar?id=1&X-Goog-Credential=a",
+        "https://h/x.tar?Expires=1&Signature=a&AWSAccessKeyId=b&id=1",
+        "https://h/x.tar?sv=1&se=2&sig=a&id=1&sp=r",
+    ],
+)
+def test_a_shard_with_a_new_signature_is_the_same_shard(signed: str) -> None:
+    assert identity(signed) == "https://h/x.tar?id=1"
+
+
+@pytest.mark.parametrize("other", ["https://h/x.tar?id=2", "https://h/x.tar?st=1&id=1", "http://h/x.tar?id=1"])
+def test_what_may_be_another_file_is_another_shard(other: str) -> None:
+    assert identity(other) != identity("https://h/x.tar?id=1")
+    assert identity("s3://b/x#1.tar") != identity("s3://b/x#2.tar") and identity("s3://b/?a") != identity("s3://b/?b")
 
 
 def test_settings_reach_new_processes_through_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
