@@ -42,6 +42,7 @@ from contrastive.evaluation import (
 from contrastive.losses import CustomLoss, fuse
 from contrastive.models import TwoTower, load, reinitialised, save_model, train_tokenizer
 from contrastive.shards import ShardIndex, open_cache, open_index
+from contrastive.shards.storage import is_remote
 from contrastive.training import (
     LINE_EVERY_SECONDS,
     Trainer,
@@ -176,9 +177,14 @@ def clear(run_dir: Path) -> None:
 def check_shards(config: Config) -> None:
     """Name the key of a folder that is not there, and what makes it."""
     for key, folder in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-        if folder is not None and not Path(folder).exists():
+        if folder is not None and not _is_there(folder):
             way = f"make it with `contrastive shard SOURCE {folder}`, shipped sets with `python data/SET/prepare.py`"
             raise UserError(f"{key}: {folder} does not exist; {way}")
+
+
+def _is_there(path: str) -> bool:
+    """Whether to open it: what a store holds is told by asking it."""
+    return is_remote(path) or Path(path).exists()
 
 
 def check_labelled_sets(config: Config) -> None:
@@ -369,7 +375,7 @@ def dry_run(config: Config) -> str:
     Raises:
         UserError: the model cannot be built as asked.
     """
-    found = Path(config.data.train).exists()
+    found = _is_there(config.data.train)
     choice, trained = wants_training(config), ""
     if choice is not None:
         captions = open_index(config.data.train).captions() if found else ["no data to train a tokenizer on"]
@@ -385,7 +391,7 @@ def dry_run(config: Config) -> str:
         folder = getattr(config.data, split)
         if folder is None:
             lines.append(f"{split:12s} none")
-        elif Path(folder).exists():
+        elif _is_there(folder):
             lines.append(f"{split:12s} {folder}: {len(open_index(folder)):,} pairs")
         else:
             lines.append(f"{split:12s} {folder}: NOT FOUND; make it with `contrastive shard SOURCE {folder}`")

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from contrastive.errors import UserError
-from contrastive.shards.record import IMAGE_EXTENSIONS, Record
-from contrastive.shards.storage import local_path
+from contrastive.shards.record import IMAGE_EXTENSIONS, Record, Rejected
+from contrastive.shards.storage import expand, index_folder, is_remote, local_path, shard_stat
 from contrastive.shards.tar import Member, members
 
 VERSION = 1
@@ -35,9 +35,9 @@ class ShardIndex:
     folder: where files that belong to the shards are kept.
     """
 
-    def __init__(self, shards: list[Path], tables: dict[str, np.ndarray]) -> None:
+    def __init__(self, shards: list[Any], tables: dict[str, np.ndarray], folder: Path) -> None:
         self.shards = shards
-        self.folder = shards[0].parent
+        self.folder = folder
         self.ids: np.ndarray = tables["ids"]
         self.fingerprint = _fingerprint(shards, tables)
         self.rejected: dict[str, int] = json.loads(str(tables["rejected"]))
@@ -104,6 +104,10 @@ class ShardIndex:
             if len(self._files) >= 64:  # far below the usual limit of 1,024 open files
                 os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = os.open(local_path(self.shards[shard]), os.O_RDONLY)
+            now = os.fstat(self._files[shard])
+            if [now.st_size, now.st_mtime_ns] != self._tables["stats"][shard].tolist():
+                os.close(self._files.pop(shard))
+                raise Rejected("shard changed since indexing")
         data = os.pread(self._files[shard], size, offset)
         if len(data) != size:
             raise UserError(f"{self.shards[shard]}: shorter than when it was indexed, at byte {offset}")
@@ -126,22 +130,34 @@ def open_index(path: PathLike | Sequence[PathLike]) -> ShardIndex:
     Raises UserError when there are no shards, when one is damaged, or when none holds a pair.
     """
     shards = find_shards(path)
-    saved = shards[0].parent / _index_name(path, shards)
-    stats = np.array([(s.stat().st_size, s.stat().st_mtime_ns) for s in shards], np.int64)
+    if is_remote(shards[0]):
+        folder = index_folder(shards)
+        saved = folder / "index.npz"
+    else:
+        folder = shards[0].parent
+        saved = folder / _index_name(path, shards)
+    try:
+        stats = np.array([shard_stat(s) for s in shards], np.int64)
+    except Rejected as fault:
+        raise UserError(str(fault)) from None
     tables = _load(saved, shards, stats)
     if tables is None:
         tables = {**_scan(shards), "version": np.array(VERSION), "stats": stats}
-        tables["shards"] = np.array([s.name for s in shards])
+        tables["shards"] = np.array([str(s).rpartition("/")[2] for s in shards])
         _save(saved, tables)
-    index = ShardIndex(shards, tables)
+    index = ShardIndex(shards, tables, folder)
     if not len(index):
         found = ", ".join(f"{count} with {reason}" for reason, count in index.rejected.items()) or "no member"
         raise UserError(f"{path}: no pair in {len(shards)} shards ({found}); a pair is key.jpg beside key.txt")
     return index
 
 
-def find_shards(path: PathLike | Sequence[PathLike]) -> list[Path]:
+def find_shards(path: PathLike | Sequence[PathLike]) -> list[Any]:
     """The tar files that a folder, a file name, a glob or a list stands for, sorted by name."""
+    if isinstance(path, str) and is_remote(path):
+        return expand(path)
+    if isinstance(path, list) and path and is_remote(path[0]):
+        return [shard for part in path for shard in expand(part)]
     if not isinstance(path, str | os.PathLike):
         found = [Path(p) for p in path]
     elif Path(path).is_dir():
@@ -168,12 +184,12 @@ def caption_id(caption: str) -> int:
     return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _scan(shards: list[Path]) -> dict[str, np.ndarray]:
+def _scan(shards: list[Any]) -> dict[str, np.ndarray]:
     """Read every header and every caption."""
     rows: list[tuple[int, tuple[int, int, int], tuple[int, int, int], int]] = []
     keys: list[bytes] = []
     rejected: Counter[str] = Counter()
-    for number, shard in enumerate(shards):
+    for number, shard in enumerate(map(local_path, shards)):
         with open(shard, "rb") as file:
             for key, parts in _samples(shard):
                 image, text, info = (parts.get(kind, Member("", 0, 0)) for kind in ("image", "txt", "json"))
@@ -236,9 +252,9 @@ def _variants(caption: str, meta: dict[str, Any]) -> tuple[str, ...]:
     return tuple(c for c in captions if isinstance(c, str) and c.strip() and c != caption)
 
 
-def _fingerprint(shards: list[Path], tables: dict[str, np.ndarray]) -> str:
+def _fingerprint(shards: list[Any], tables: dict[str, np.ndarray]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    digest.update("\0".join(s.name for s in shards).encode("utf-8", "surrogateescape"))
+    digest.update("\0".join(str(s).rpartition("/")[2] for s in shards).encode("utf-8", "surrogateescape"))
     for name, kind in (
         ("shard", "<i4"),
         ("offsets", "<i8"),
@@ -250,20 +266,20 @@ def _fingerprint(shards: list[Path], tables: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _index_name(path: PathLike | Sequence[PathLike], shards: list[Path]) -> str:
+def _index_name(path: PathLike | Sequence[PathLike], shards: list[Any]) -> str:
     if isinstance(path, str | os.PathLike) and Path(path).is_dir():
         return "index.npz"
     names = "\0".join(os.path.abspath(s) for s in shards).encode("utf-8", "surrogateescape")
     return f"index-{hashlib.blake2b(names, digest_size=6).hexdigest()}.npz"
 
 
-def _load(saved: Path, shards: list[Path], stats: np.ndarray) -> dict[str, np.ndarray] | None:
+def _load(saved: Path, shards: list[Any], stats: np.ndarray) -> dict[str, np.ndarray] | None:
     try:
         with np.load(saved, allow_pickle=False) as file:
             tables = dict(file)
         same = (
             int(tables["version"]) == VERSION
-            and tables["shards"].tolist() == [s.name for s in shards]
+            and tables["shards"].tolist() == [str(s).rpartition("/")[2] for s in shards]
             and np.array_equal(tables["stats"], stats)
         )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
