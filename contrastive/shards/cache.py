@@ -34,9 +34,7 @@ def open_cache(index: ShardIndex) -> PixelCache:
     Raises UserError when the images differ in size, or when the folder cannot be written.
     """
     path = index.folder / f"pixels-{index.fingerprint[:16]}.npy"
-    # The fingerprint covers names, places and captions; a newer shard may still hold other pixels.
-    newest = max(shard.stat().st_mtime_ns for shard in index.shards)
-    if not path.exists() or not _sidecar(path).exists() or path.stat().st_mtime_ns < newest:
+    if not path.exists() or not _sidecar(path).exists():  # the fingerprint covers the bytes of the images
         _build(index, path)
     return PixelCache(path)
 

@@ -145,7 +145,9 @@ def _check_free(dest: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{dest}: the folder is not empty; give another, or --overwrite")
-    ours = re.compile(r"\d{5,}\.tar|manifest\.json|\.?index(-[0-9a-f]+)?\.npz.*|\.?pixels-[0-9a-f]{16}\.(npy|json).*")
+    ours = re.compile(
+        r"\d{5,}\.tar|manifest\.json|\.?index(-[0-9a-f]+)?\.(npz|tables|json).*|\.?pixels-[0-9a-f]{16}\.(npy|json).*"
+    )
     foreign = [name for name in sorted(names) if not ours.fullmatch(name)]
     if foreign:
         raise UserError(f"{dest}: holds '{foreign[0]}', which is no shard; nothing was overwritten")
