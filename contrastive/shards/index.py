@@ -39,6 +39,8 @@ class ShardIndex:
         self.shards = shards
         self.folder = shards[0].parent
         self.ids: np.ndarray = tables["ids"]
+        self.shard: np.ndarray = tables["shard"]
+        self.shard_starts = np.searchsorted(self.shard, np.arange(len(shards) + 1)).astype(np.int64)
         self.fingerprint = _fingerprint(shards, tables)
         self.rejected: dict[str, int] = json.loads(str(tables["rejected"]))
         self._tables = tables
