@@ -1,6 +1,5 @@
 from collections import Counter
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -17,12 +16,21 @@ from .conftest import lengths, records
 Shards = Callable[..., ShardIndex]
 
 
-def a_set(shards: list[int], name: str = "f") -> ShardIndex:
+class FakeIndex:
     """What an order needs of an index."""
-    starts = np.cumsum([0, *shards])
-    fake = SimpleNamespace(shard_starts=starts, ids=np.arange(starts[-1]), rejected={}, fingerprint=name)
-    fake.__class__ = type("Fake", (SimpleNamespace,), {"__len__": lambda self: int(starts[-1])})
-    return cast(ShardIndex, fake)
+
+    def __init__(self, shards: list[int], fingerprint: str = "f") -> None:
+        self.shard_starts = np.cumsum([0, *shards])
+        self.ids = np.arange(self.shard_starts[-1])
+        self.rejected: dict[str, int] = {}
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def a_set(shards: list[int], fingerprint: str = "f") -> ShardIndex:
+    return cast(ShardIndex, FakeIndex(shards, fingerprint))
 
 
 layouts = st.lists(st.integers(1, 9), min_size=1, max_size=5)
