@@ -3,7 +3,8 @@
     python benchmarks/losses.py            prints tables, writes benchmarks/results/losses.json
 
 InfoNCE beside `open_clip.ClipLoss`, SigLIP beside `open_clip.loss.SigLipLoss`: float32, 512 dimensions, the same
-features, one process. Times: the two take turns behind a warm-up, medians count. Memory: each in a process of its own,
+features, one process; "fused" is InfoNCE with compiled tiles (`contrastive.losses.fuse`), which needs a C++ compiler.
+Times: all take turns behind a warm-up, medians count. Memory: each in a process of its own,
 the peak resident set above what the process held with the features in place. The products that no way of computing the
 loss can do without are 2 N^2 D operations forward and 4 N^2 D backward; "x products" is the time over what they take at
 the rate at which this machine multiplies such matrices, measured in the same run. Keep the machine idle otherwise.
@@ -24,14 +25,14 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import SigLipLoss
 
-from contrastive.losses import infonce, siglip
+from contrastive.losses import fuse, infonce, siglip
 
 RESULTS = Path(__file__).resolve().parent / "results" / "losses.json"
 DIM = 512
 SIZES = (1024, 4096, 8192, 16384)
 LARGEST = 65536  # ours alone: the peer would need 64 GiB
 LOSSES: dict[str, dict[str, Callable[..., Any]]] = {
-    "infonce": {"peer": open_clip.ClipLoss(), "ours": infonce},
+    "infonce": {"peer": open_clip.ClipLoss(), "ours": infonce, "fused": infonce},
     "siglip": {"peer": SigLipLoss(), "ours": siglip},
 }
 
@@ -83,9 +84,10 @@ def step(call: Callable[..., Any], loss: str, leaves: list[torch.Tensor]) -> flo
 def compare(loss: str, n: int, scale: float, rounds: int) -> dict[str, Any]:
     """Both systems and the products alone, in turn; then their memory."""
     leaves = inputs(n, scale)
-    seconds: dict[str, list[float]] = {"peer": [], "ours": [], "products": []}
+    seconds: dict[str, list[float]] = {system: [] for system in (*LOSSES[loss], "products")}
     for turn in range(rounds + 1):
         for system, call in LOSSES[loss].items():
+            fuse(system == "fused")
             took = step(call, loss, leaves)
             if turn:  # the first is the warm-up
                 seconds[system].append(took)
@@ -94,6 +96,9 @@ def compare(loss: str, n: int, scale: float, rounds: int) -> dict[str, Any]:
     medians = {system: statistics.median(times) for system, times in seconds.items()}
     row = {"loss": loss, "n": n, "scale": scale, **{f"{system}_seconds": value for system, value in medians.items()}}
     row |= {"speedup": medians["peer"] / medians["ours"], "x_products": medians["ours"] / medians["products"]}
+    if "fused" in medians:
+        row |= {"speedup_fused": medians["peer"] / medians["fused"]}
+        row |= {"x_products_fused": medians["fused"] / medians["products"]}
     for system in LOSSES[loss]:
         row[f"{system}_mib"] = measure_memory(loss, system, n)["mib_above_features"]
     return row | {"memory_share": row["ours_mib"] / row["peer_mib"]}
@@ -119,6 +124,7 @@ def measure_memory(loss: str, system: str, n: int) -> dict[str, Any]:
 
 def memory(loss: str, system: str, n: int) -> dict[str, Any]:
     """The peak resident set of this process, and what of it came on top of the features."""
+    fuse(system == "fused")
     small, leaves = inputs(64), inputs(n)
     step(LOSSES[loss][system], loss, small)  # code and thread pools are there
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here on, not from the imports'
@@ -135,9 +141,12 @@ def resident_kib(name: str) -> int:
 
 
 def line(row: dict[str, Any]) -> str:
+    ratios = f"{row['speedup']:.2f} x as fast, {row['x_products']:.2f} x products"
+    if "speedup_fused" in row:
+        ratios += f", fused {row['speedup_fused']:.2f} and {row['x_products_fused']:.2f}"
     return (
         f"{row['loss']:8} N = {row['n']:6,}, scale {row['scale']:5.1f}: open_clip {row['peer_seconds']:7.3f} s, "
-        f"ours {row['ours_seconds']:7.3f} s ({row['speedup']:.2f} x as fast, {row['x_products']:.2f} x products); "
+        f"ours {row['ours_seconds']:7.3f} s ({ratios}); "
         f"above the features {row['peer_mib']:7,.0f} and {row['ours_mib']:5,.0f} MiB ({row['memory_share']:.1%})"
     )
 

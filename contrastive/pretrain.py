@@ -40,7 +40,7 @@ from contrastive.evaluation import (
     read_templates,
     write_report,
 )
-from contrastive.losses import CustomLoss
+from contrastive.losses import CustomLoss, fuse
 from contrastive.models import TwoTower, load, reinitialised, save_model, train_tokenizer
 from contrastive.shards import Mixture, ShardIndex, open_cache, open_index
 from contrastive.training import (
@@ -94,6 +94,8 @@ def pretrain(
     check_shards(config)
     check_labelled_sets(config)
     check_losses(config)
+    if config.train.fused_loss:
+        fuse()
     with accelerator.main_process_first():  # one process builds the index, the others read it
         data = build_data(config)
         validation_index = open_index(config.data.validation) if config.data.validation else None

@@ -25,8 +25,9 @@ Most losses share three options:
 
 tile
     "auto" goes over the B x B logits in tiles and stores all of them only where that takes at most 256 MiB; beyond
-    it computes them again. A number is the side of a tile, of which one is held. None is the plain formula on `(n, B)`
-    matrices with torch's own gradient, which the tiled way equals to rounding, and which has second derivatives.
+    it computes all but 112 MiB of them again. A number is the side of a tile, of which one is held. None is the plain
+    formula on `(n, B)` matrices with torch's own gradient, which the tiled way equals to rounding, and which has
+    second derivatives.
 exchange
     How ranks see each other's captions when tiled: "gather" all at once, or "ring", one block at a time; "auto"
     gathers up to 1 GiB.
@@ -41,6 +42,7 @@ from contrastive.losses.contract import Loss
 from contrastive.losses.cyclip import CyCLIP, cyclip
 from contrastive.losses.dcl import DCL, dcl
 from contrastive.losses.distillation import Distillation, distillation
+from contrastive.losses.fused import fuse
 from contrastive.losses.gather import GlobalBatch, global_batch
 from contrastive.losses.infonce import InfoNCE, infonce
 from contrastive.losses.margin import Margin, margin
@@ -65,6 +67,7 @@ __all__ = [
     "cyclip",
     "dcl",
     "distillation",
+    "fuse",
     "global_batch",
     "infonce",
     "margin",

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from contrastive.losses import fused
 from contrastive.losses.gather import GlobalBatch
 from contrastive.losses.tiled import Kernel, Tile, exp_
 
@@ -87,11 +88,29 @@ class SoftmaxKernel(Kernel):
     def observe(self, x_rc: Tensor, fixed_rc: Tensor | None, tile: Tile) -> None:
         own, rows = tile.own(x_rc)
         self.own_logit_n[rows] = own
+        if fused.serves(x_rc) and not self.positives:
+            self._observe_fused(x_rc, tile)
+            return
         self.exponentiate(x_rc, tile)
         self.note_own_and_best(x_rc, tile)
         if self.leave_out_own:
             own.zero_()
         self.sums.add(x_rc, tile)
+
+    def _observe_fused(self, x_rc: Tensor, tile: Tile) -> None:
+        """The same in one pass for all pairs but those with themselves, which are no rivals of themselves."""
+        self.mask(x_rc, tile)
+        own, rows = tile.own(x_rc)
+        own_exp, sums = own.clone(), self.sums
+        sums.exp(own_exp)
+        own.fill_(-torch.inf)
+        row_sum_r, column_sum_c = sums.row_sum_n[tile.rows], sums.column_sum_B[tile.columns]
+        fused.exp_sums_(x_rc, float(sums.shift), row_sum_r, column_sum_c, self.best_n[tile.rows])
+        own.copy_(own_exp)
+        self.own_n[rows] = torch.maximum(self.own_n[rows], own_exp)
+        if not self.leave_out_own:
+            sums.row_sum_n[rows] += own_exp
+            sums.column_sum_B[rows.start + tile.first_own : rows.stop + tile.first_own] += own_exp
 
     def exponentiate(self, x_rc: Tensor, tile: Tile) -> None:
         self.mask(x_rc, tile)
@@ -106,11 +125,17 @@ class SoftmaxKernel(Kernel):
 
     def slope(self, x_rc: Tensor, fixed_rc: Tensor | None, tile: Tile, fresh: bool) -> None:
         own, rows = tile.own(x_rc)
-        if fresh:
-            self.exponentiate(x_rc, tile)
+        row_r, column_c = self.row_factor_n[tile.rows], self.column_factor_B[tile.columns]
+        if fused.serves(x_rc):
+            if fresh:
+                self.mask(x_rc, tile)
+            fused.exp_slope_(x_rc, float(self.sums.shift), row_r, column_c, fresh)
+        else:
+            if fresh:
+                self.exponentiate(x_rc, tile)
+            self.multiply(x_rc, row_r, column_c)
         if self.leave_out_own:
             own.zero_()
-        self.multiply(x_rc, self.row_factor_n[tile.rows], self.column_factor_B[tile.columns])
         # inside the tile, where it meets the own logit's share in the sums: p - 1 is small in a trained model
         own.sub_(self.own_factor_n[rows])
 

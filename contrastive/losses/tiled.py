@@ -3,8 +3,8 @@
 A loss over pairs is known to this file by what it does with one tile of logits, its `Kernel`: take statistics in a
 first sweep (sums of exponentials, maxima), then turn logits into the loss's slope by them in a second one. The slope
 goes into two matrix products and is gone. A loss that needs no statistics (a sum of terms of one logit each) takes one
-sweep. Between two sweeps the tiles are kept where all of them together are small (`KEEP_AT_MOST`); else they are
-computed again, and nothing of size n x B is stored.
+sweep. Between two sweeps the tiles are kept where all of them together are small (`KEEP_ALL_AT_MOST`); else nearly all
+are computed again, and nothing of size n x B is stored.
 
 Each rank works on its images against all captions, and only on those: the statistics of a caption's column are summed
 over ranks, and so are the gradients. That is half the work and half the traffic of computing both directions on each
@@ -15,6 +15,7 @@ Legend: n rows of this rank, B rows in all, D feature width; r x c a tile, r of 
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,9 +30,10 @@ from contrastive.losses.gather import GlobalBatch
 # Sides that were fastest here: a float32 tile of 4 MB stays in a CPU's cache. (512 to 2048 are within 3 %.)
 AUTO_TILE = {"cpu": 1024}
 AUTO_TILE_ELSEWHERE = 4096
-# Bytes of tiles that are kept between two sweeps under tile="auto", if they are all of them: 8,192 pairs on one process
-# in float32. To compute them again adds a third to the time. To keep a part of a larger matrix gained nothing here.
-KEEP_AT_MOST = 1 << 28
+# Bytes of tiles that are kept between two sweeps under tile="auto", since to compute all of them again adds a third to
+# the time: all, if they take no more than the first (8,192 pairs on one process in float32); else the second's worth.
+KEEP_ALL_AT_MOST = 256 << 20
+KEEP_SOME = 112 << 20
 
 
 @dataclass(frozen=True)
@@ -232,25 +234,28 @@ def _sweep(
     fixed_image_nF, fixed_text_nF = (x.to(image_nD.dtype) for x in fixed) if fixed is not None else (None, None)
     blocks = open_exchange(batch, fixed_text_nF, exchange)
     size = len(image_nD) * batch.size * image_nD.element_size() * (1 if fixed is None else 2)
-    keeps = kernel.sweeps == 2 and wants_gradient and (tile == "auto" and size <= KEEP_AT_MOST)
-    similarity = _Products(image_nD, batch.scale, keeps)
-    fixed_similarity = None if fixed_image_nF is None else _Products(fixed_image_nF, None, keeps)
+    room = 0  # bytes of tiles that may still be kept
+    if kernel.sweeps == 2 and wants_gradient and tile == "auto":
+        room = size if size <= KEEP_ALL_AT_MOST else KEEP_SOME
+    similarity = _Products(image_nD, batch.scale)
+    fixed_similarity = None if fixed_image_nF is None else _Products(fixed_image_nF, None)
 
-    def logits(at: Tile, block: Block) -> tuple[Tensor, Tensor | None]:
+    def logits(at: Tile, block: Block, keep: bool) -> tuple[Tensor, Tensor | None]:
         within = at.within(block)
-        x_rc = similarity(at.rows, block.text_mD[within])
+        x_rc = similarity(at.rows, block.text_mD[within], keep)
         if fixed_similarity is None or block.fixed_mF is None:
             return x_rc, None
-        return x_rc, fixed_similarity(at.rows, block.fixed_mF[within])
+        return x_rc, fixed_similarity(at.rows, block.fixed_mF[within], keep)
 
-    kept: list[tuple[Tensor, Tensor | None]] = []
+    kept: deque[tuple[Tensor, Tensor | None]] = deque()  # the first tiles; the sweeps go over them in the same order
     if kernel.sweeps == 2:
         for block in blocks.read():
             for at in _tiles(len(image_nD), block, side, first_own):
-                x_rc, fixed_rc = logits(at, block)
+                x_rc, fixed_rc = logits(at, block, keep=room > 0)
                 kernel.observe(x_rc, fixed_rc, at)
-                if keeps:
+                if room > 0:
                     kept.append((x_rc, fixed_rc))
+                    room -= x_rc.nbytes * (1 if fixed_rc is None else 2)
         if not kernel.settle():
             return None
         if not wants_gradient:
@@ -259,8 +264,9 @@ def _sweep(
     product_nD = torch.zeros_like(image_nD) if wants_gradient else None  # slope @ text
     for block in blocks.write() if wants_gradient else blocks.read():
         for at in _tiles(len(image_nD), block, side, first_own):
-            x_rc, fixed_rc = kept.pop(0) if keeps else logits(at, block)
-            kernel.slope(x_rc, fixed_rc, at, fresh=not keeps)
+            fresh = not kept
+            x_rc, fixed_rc = logits(at, block, keep=False) if fresh else kept.popleft()
+            kernel.slope(x_rc, fixed_rc, at, fresh)
             if product_nD is not None and block.grad_mD is not None:
                 within = at.within(block)
                 product_nD[at.rows].addmm_(x_rc, block.text_mD[within])
@@ -295,8 +301,8 @@ def _tiles(n: int, block: Block, side: int, first_own: int) -> Iterator[Tile]:
 class _Products:
     """Tiles of `scale * a @ b.T`; unless they are kept, all in one tile's memory: fresh memory costs time."""
 
-    def __init__(self, a_nD: Tensor, scale: Tensor | None, keeps: bool) -> None:
-        self.a_nD, self.scale, self.keeps = a_nD, scale, keeps
+    def __init__(self, a_nD: Tensor, scale: Tensor | None) -> None:
+        self.a_nD, self.scale = a_nD, scale
         self.memory = a_nD.new_empty(0)
         self.rows, self.scaled_rD = slice(0, 0), a_nD[:0]
 
@@ -308,10 +314,10 @@ class _Products:
                 self.scaled_rD = self.scaled_rD * self.scale
         return self.scaled_rD
 
-    def __call__(self, rows: slice, b_cD: Tensor) -> Tensor:
-        """The tile, `(r, c)`; valid until the next call, or kept."""
+    def __call__(self, rows: slice, b_cD: Tensor, keep: bool) -> Tensor:
+        """The tile, `(r, c)`; valid until the next call, unless it is to be kept."""
         a_rD = self.scaled(rows)
-        if self.keeps:
+        if keep:
             return torch.mm(a_rD, b_cD.T)
         size = len(a_rD) * len(b_cD)
         if self.memory.numel() < size:

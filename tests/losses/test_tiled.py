@@ -180,6 +180,18 @@ def test_logits_beyond_float64_are_refused_and_not_wrong() -> None:
 # ---- memory
 
 
+@pytest.mark.parametrize("kept_tiles", [0, 1, 5, 100])
+@pytest.mark.parametrize("name", TILED)
+def test_how_many_tiles_are_kept_changes_nothing(name: str, kept_tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant, leaves = TILED[name], batch(30, 6)
+    monkeypatch.setattr(tiled, "AUTO_TILE", {"cpu": 8})
+    monkeypatch.setattr(tiled, "KEEP_ALL_AT_MOST", 0)
+    monkeypatch.setattr(tiled, "KEEP_SOME", kept_tiles * 8 * 8 * 8)
+    found = gradients(call(variant, *leaves)["loss"], *leaves)
+    expected = gradients(call(variant, *leaves, tile=None)["loss"], *leaves)
+    assert worst_error(found, expected) < 1e-12
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_tensor_is_larger_than_a_tile_or_the_features(name: str) -> None:
     rows, dim, tile = 200, 8, 50
