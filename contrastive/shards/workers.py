@@ -20,7 +20,6 @@ import torch.multiprocessing as multiprocessing  # its pipes pass tensors in sha
 from contrastive.errors import UserError
 
 AHEAD = 2  # items that each worker has in hand or ready
-LOOK_FOR_PARENT_SECONDS = 5.0
 
 
 class Items(Protocol):
@@ -63,7 +62,7 @@ def from_workers(items: Items, numbers: Iterable[int], count: int, timeout: floa
 class _Worker:
     def __init__(self, items: Items) -> None:
         self.pipe, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.Process(target=_work, args=(items, theirs, os.getpid()), daemon=True)
+        self.process = multiprocessing.Process(target=_work, args=(items, theirs), daemon=True)
         self.process.start()
         atexit.register(self.end)  # Python would end it by a signal that it ignores, and wait for ever
         theirs.close()  # only the worker holds it now, so that its death ends what we read
@@ -86,7 +85,7 @@ class _Worker:
                 raise EOFError
             item = self.pipe.recv()
         except (EOFError, OSError):  # it died before it answered, or while it did
-            self.process.join(LOOK_FOR_PARENT_SECONDS)
+            self.process.join(5.0)  # its pipe may close a moment before it is over
             code = self.process.exitcode
             how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
             raise UserError(
@@ -109,7 +108,7 @@ class _Failure:
         self.text, self.mendable = text, mendable
 
 
-def _work(items: Items, pipe: Connection, parent: int) -> None:
+def _work(items: Items, pipe: Connection) -> None:
     """The life of a worker: answer until nobody asks any more."""
     torch.set_num_threads(1)  # the training step needs the cores
     os.nice(5)  # and goes first: on few cores a step waits for its slowest thread, and working ahead hides ours
@@ -117,10 +116,11 @@ def _work(items: Items, pipe: Connection, parent: int) -> None:
     # The main process decides how to end on Ctrl-C or a scheduler's signal, and may still want batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
     while True:
-        while not pipe.poll(LOOK_FOR_PARENT_SECONDS):
-            if os.getppid() != parent:  # killed: nobody will end us
-                return
+        if pipe not in wait([pipe, parent.sentinel]):  # the main process was killed: nobody will end us
+            return
         try:
             number = pipe.recv()
         except EOFError:
