@@ -1,6 +1,7 @@
 """Runs of the tiny recipe over shards with faults, on one process or several; what the fault tests share."""
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -34,7 +35,7 @@ def corpus_with(folder: Path, bad: int, samples_per_shard: int = 10, copies: int
 
 
 def run(rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str], **options: Any) -> dict[str, Any]:
-    """Train; the error of a run that ended with one, the newest checkpoint's state, what is left running."""
+    """Train; the error of a run that ended with one, the seconds it took, the worker processes that are left."""
     torch.set_num_threads(1)
     config = tiny_config(corpus, run_dir / "run", "data.validation=null", *overrides)
     begun, error = time.monotonic(), None
@@ -42,7 +43,7 @@ def run(rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str]
         pretrain(config, quiet=True, **options)
     except UserError as fault:
         error = str(fault)
-    return {"error": error, "seconds": time.monotonic() - begun, "children": children(os.getpid())}
+    return {"error": error, "seconds": time.monotonic() - begun, "workers": len(multiprocessing.active_children())}
 
 
 def children(parent: int) -> list[int]:
