@@ -74,7 +74,7 @@ def test_counts_and_window_go_through_a_checkpoint() -> None:
     other.restore(one.state())
     assert other.state() == one.state()
     for counted in (one, other):
-        with pytest.raises(TooManySkips, match="at step 15: 113 of the latest 1,500"):
+        with pytest.raises(TooManySkips, match="at step 15: 115 of the latest 1,500"):
             counted.add(15, bad(100))
 
 
