@@ -37,6 +37,8 @@ def corpus_with(folder: Path, bad: int, samples_per_shard: int = 10, copies: int
 def run(rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str], **options: Any) -> dict[str, Any]:
     """Train; the error of a run that ended with one, the seconds it took, the worker processes that are left."""
     torch.set_num_threads(1)
+    # what started the rank left its own way, in which a worker imports everything anew: seconds that tests count
+    multiprocessing.set_start_method("fork", force=True)
     config = tiny_config(corpus, run_dir / "run", "data.validation=null", *overrides)
     begun, error = time.monotonic(), None
     try:

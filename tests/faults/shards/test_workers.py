@@ -14,7 +14,7 @@ from tests.distributed.spawn import run_ranks
 
 from .faulty import at_step, children, corpus_with, die, fail, run, sleep_for_ever, state
 
-OPTIONS = ["data.workers=1", "data.timeout=5", "checkpoint.every=2"]
+OPTIONS = ["data.workers=1", "data.timeout=8", "checkpoint.every=2"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def broken_run(rank: int, world: int, corpus: Path, run_dir: Path, fault: str) -
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(("fault", "words"), [
     ("dies", "data.workers: a loader worker was killed by signal 9 before the batch of step 6"),
-    ("sleeps", "data.timeout: a loader worker did not finish the batch of step 6 in 5 s"),
+    ("sleeps", "data.timeout: a loader worker did not finish the batch of step 6 in 8 s"),
     ("raises", "data.train: the disk is on fire"),
 ])  # fmt: skip
 def test_a_worker_with_a_fault_ends_every_rank_with_its_one_line(
