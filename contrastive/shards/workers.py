@@ -90,7 +90,7 @@ class _Worker:
             how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
             raise UserError(
                 f"data.workers: a loader worker {how} before the batch of step {number + 1} was ready; if memory was "
-                "short, use fewer workers or a smaller train.global_batch, and go on with --resume"
+                "short, use fewer workers or a smaller train.global_batch"
             ) from None
         if isinstance(item, _Failure):
             raise UserError(item.text) if item.mendable else RuntimeError(f"in a loader worker:\n{item.text}")

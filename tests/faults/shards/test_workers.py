@@ -1,6 +1,7 @@
 """A loader worker that dies, sleeps or fails ends the run: one line, on every rank at the same step, and no orphans."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ def broken_run(rank: int, world: int, corpus: Path, run_dir: Path, fault: str) -
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(("fault", "words"), [
-    ("dies", "data.workers: a loader worker was killed by signal 9 before the batch of step 6"),
+    ("dies", "data.workers: a loader worker was killed by signal 9 before the batch of step [56] was ready"),
     ("sleeps", "data.timeout: a loader worker did not finish the batch of step 6 in 8 s"),
     ("raises", "data.train: the disk is on fire"),
 ])  # fmt: skip
@@ -40,11 +41,13 @@ def test_a_worker_with_a_fault_ends_every_rank_with_its_one_line(
 ) -> None:
     ended = run_ranks(world, broken_run, corpus, tmp_path, fault, timeout=90)
     for rank in ended:
-        assert rank["error"] is not None and words in rank["error"] and "\n" not in rank["error"]
+        assert rank["error"] is not None and re.search(words, rank["error"]) and "\n" not in rank["error"]
         assert rank["workers"] == 0
     assert len({rank["error"] for rank in ended}) == 1
-    assert "goes on from step 5" in ended[0]["error"]
-    assert state(tmp_path, 5)["loader"]["cursor"] == (5 * 16) % 40  # all that was trained is kept
+    done = int(re.search("goes on from step (.)", ended[0]["error"])[1])  # type: ignore[index]
+    # all that was trained is kept; what the dead worker had ready for step 5 may be lost with it
+    assert done in ((4, 5) if fault == "dies" else (5,))
+    assert state(tmp_path, done)["loader"]["cursor"] == (done * 16) % 40
 
 
 def test_a_run_goes_on_behind_a_worker_that_died(corpus: Path, tmp_path: Path) -> None:
