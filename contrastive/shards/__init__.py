@@ -1,12 +1,13 @@
 """Image-text pairs on disk: reading what a user has, writing shards, indexing them, and loading batches."""
 
 from contrastive.shards.augment import Augment, augment_image
-from contrastive.shards.batch import Batch
+from contrastive.shards.batch import Batch, Rejection
 from contrastive.shards.cache import open_cache
 from contrastive.shards.decode import decode_image, resize_square
 from contrastive.shards.features import FeatureLoader
 from contrastive.shards.index import ShardIndex, caption_id, open_index
 from contrastive.shards.loader import PairLoader
+from contrastive.shards.mixture import Mixture
 from contrastive.shards.record import Record, Rejected, Source, image_extension
 from contrastive.shards.sources import open_source
 from contrastive.shards.write import Manifest, write_shards
@@ -16,9 +17,11 @@ __all__ = [
     "Batch",
     "FeatureLoader",
     "Manifest",
+    "Mixture",
     "PairLoader",
     "Record",
     "Rejected",
+    "Rejection",
     "ShardIndex",
     "Source",
     "augment_image",
