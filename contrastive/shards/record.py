@@ -111,6 +111,9 @@ class Source:
         raise NotImplementedError
 
 
+MAX_IMAGE_BYTES = 32 << 20  # of one encoded image
+MAX_TEXT_BYTES = 1 << 20  # of all captions of one pair
+
 # File name extensions of the formats that are read, as a folder or a tar may spell them.
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 
