@@ -115,6 +115,8 @@ def make_shards(
         folder.mkdir(parents=True, exist_ok=True)
         with _only_one(folder):
             (folder / "parts").mkdir(exist_ok=True)
+            for left in [*folder.glob("*.tar.*"), *folder.glob("**/*.aside-*")]:  # of a process that was killed
+                left.unlink(missing_ok=True)
             if not (folder / MANIFEST).exists():
                 _begin(folder, settings)
                 try:
@@ -278,8 +280,6 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         _write_aside(path, json.dumps(settings, indent=1).encode())
     elif json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
         raise _begun_otherwise(folder)
-    for left in [*folder.glob("*.tar.*"), *folder.glob("parts/*.aside-*")]:  # of a process that was killed
-        left.unlink(missing_ok=True)
 
 
 def _begun_otherwise(folder: Path) -> UserError:
