@@ -44,7 +44,6 @@ _here: tuple[Any, Any] | None = None  # function and job, in a process of a pool
 def _start(function: Any, job: Any) -> None:
     global _here
     _here = function, job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the first one ends the others
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -68,9 +67,13 @@ def _run_processes(workers: int, function: Any, job: Any, tasks: Sequence[Any], 
     pool = concurrent.futures.ProcessPoolExecutor(
         min(workers, len(tasks)), multiprocessing.get_context("spawn"), _start, (function, job)
     )
+    # Processes are started as tasks come in, and inherit the mask: Ctrl-C reaches the whole group, but the first
+    # process alone answers it, and ends the others.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     futures = {pool.submit(_call, task): task for task in tasks}
     left = set(futures)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while left:
             done, left = concurrent.futures.wait(left, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
@@ -117,22 +120,22 @@ def _run_ray(address: str | None, function: Any, job: Any, tasks: Sequence[Any],
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
         function, job, tasks = ray.get(shared)
-        function(job, tasks[row["number"]])
+        try:
+            function(job, tasks[row["number"]])
+        except UserError as error:  # as a value: how Ray wraps what a task raises differs by version
+            return {**row, "error": str(error)}
         return row
 
-    rows = ray.data.from_items([{"number": number} for number in range(len(tasks))], override_num_blocks=len(tasks))
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = [{"number": number, "error": ""} for number in range(len(tasks))]
     try:
-        for row in rows.map(work).iter_rows():
+        for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(work).iter_rows():
+            if row["error"]:
+                raise UserError(row["error"])
             yield tasks[row["number"]]
-    except Exception as fault:  # Ray wraps what a task raises, in ways that differ by version
-        raise _cause(fault) from None
-
-
-def _cause(fault: BaseException) -> BaseException:
-    at: BaseException | None = fault
-    while at is not None:
-        if isinstance(at, UserError):
-            return UserError(str(getattr(at, "cause", at)).splitlines()[0])
-        at = getattr(at, "cause", None) or at.__cause__
-    lines = str(fault).strip().splitlines() or [type(fault).__name__]
-    return UserError(f"a task on the Ray cluster failed ({lines[-1]}); run the same command again to go on")
+    except ray.exceptions.RayError as fault:
+        line = next((line for line in reversed(str(fault).splitlines()) if line.strip()), type(fault).__name__)
+        raise UserError(
+            f"a task on the Ray cluster failed ({line.strip()}); run the same command again: finished parts are kept"
+        ) from None

@@ -252,7 +252,6 @@ def _opened(data: bytes) -> tuple[str | None, tuple[int, int]]:
     return image.format, image.size
 
 
-@pytest.mark.slow
 def test_a_ray_cluster_of_two_nodes_writes_the_bytes_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +259,6 @@ def test_a_ray_cluster_of_two_nodes_writes_the_bytes_of_one_process(
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # the nodes import what this process imports
-    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     source = table(tmp_path, 30, caption=[f"caption {i % 13}" for i in range(30)])
     options: dict[str, Any] = {
         "samples_per_shard": 5,
