@@ -42,7 +42,7 @@ from contrastive.shards.write import (
 )
 
 VERSION = 1
-BATCH = 64  # pairs that are held in memory at once, and scored together
+BATCH = 64  # pairs that are scored together
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _kept(job: Job, task: Task, skipped: Counter[str]) -> Iterator[Record]:
             skipped[reason] += 1
             continue
         waiting.append((record, prepared))
-        if len(waiting) == BATCH:
+        if len(waiting) == BATCH or not job.scorer:
             yield from _scored(job, waiting, skipped)
             waiting = []
     yield from _scored(job, waiting, skipped)
