@@ -5,9 +5,12 @@ from contrastive.shards.batch import Batch, Rejection
 from contrastive.shards.cache import open_cache
 from contrastive.shards.decode import decode_image, resize_square
 from contrastive.shards.features import FeatureLoader
+from contrastive.shards.filters import Filters, Transform
 from contrastive.shards.index import ShardIndex, caption_id, open_index
 from contrastive.shards.loader import PairLoader
+from contrastive.shards.making import make_shards
 from contrastive.shards.mixture import Mixture
+from contrastive.shards.pools import on_processes, on_ray
 from contrastive.shards.record import Record, Rejected, Source, image_extension
 from contrastive.shards.sources import open_source
 from contrastive.shards.write import Manifest, write_shards
@@ -16,6 +19,7 @@ __all__ = [
     "Augment",
     "Batch",
     "FeatureLoader",
+    "Filters",
     "Manifest",
     "Mixture",
     "PairLoader",
@@ -24,10 +28,14 @@ __all__ = [
     "Rejection",
     "ShardIndex",
     "Source",
+    "Transform",
     "augment_image",
     "caption_id",
     "decode_image",
     "image_extension",
+    "make_shards",
+    "on_processes",
+    "on_ray",
     "open_cache",
     "open_index",
     "open_source",
