@@ -19,7 +19,7 @@ import numpy as np
 from contrastive.errors import UserError
 from contrastive.shards import storage
 from contrastive.shards.record import Record, Rejected
-from contrastive.shards.scan import Scan, caption_id, json_fault, scan_shard
+from contrastive.shards.scan import Scan, caption_id, json_fault, scan_shard, sha256_of
 from contrastive.shards.tables_file import load_tables, save_tables
 from contrastive.shards.tar import DamagedShard
 
@@ -96,6 +96,20 @@ class ShardIndex:
         label = meta.pop("label", None)
         meta.pop("captions", None)
         return Record(self.key(i), self.image(i), captions, None if label is None else str(label), meta)
+
+    def verify(self) -> None:
+        """Read all shards and compare them with the manifest's hashes. Raises UserError that names what differs."""
+        wrong = []
+        for shard, described in zip(self.shards, self.manifest["shards"], strict=True):
+            if described["name"] not in self.manifest["damaged"]:
+                if sha256_of(storage.local_path(shard)) != described["sha256"]:
+                    wrong.append(described["name"])
+        if wrong:
+            names = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            raise UserError(
+                f"{self.folder}: {names}: not the bytes that were indexed, under the same size and time; copy them "
+                "again, or touch them to have them indexed as they are"
+            )
 
     def _json(self, i: int) -> dict[str, Any]:
         data = self._read(i, 2)
