@@ -8,6 +8,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -112,6 +113,7 @@ def _run_ray(address: str | None, function: Any, job: Any, tasks: Sequence[Any],
     if not tasks:
         return
     if not ray.is_initialized():
+        _check_listening(address)
         try:
             ray.init(address=address, include_dashboard=None if address else False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as fault:
@@ -119,7 +121,7 @@ def _run_ray(address: str | None, function: Any, job: Any, tasks: Sequence[Any],
     shared = ray.put((function, job, list(tasks)))
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
-        function, job, tasks = ray.get(shared)
+        function, job, tasks = _fetch(shared)
         try:
             function(job, tasks[row["number"]])
         except UserError as error:  # as a value: how Ray wraps what a task raises differs by version
@@ -139,3 +141,27 @@ def _run_ray(address: str | None, function: Any, job: Any, tasks: Sequence[Any],
         raise UserError(
             f"a task on the Ray cluster failed ({line.strip()}); run the same command again: finished parts are kept"
         ) from None
+
+
+_fetched: dict[str, Any] = {}
+
+
+def _fetch(shared: Any) -> Any:
+    """What `shared` stands for, once a process: a job may hold a long list of files, and open a model."""
+    import ray
+
+    if shared.hex() not in _fetched:
+        _fetched.clear()
+        _fetched[shared.hex()] = ray.get(shared)
+    return _fetched[shared.hex()]
+
+
+def _check_listening(address: str | None) -> None:
+    """Ray itself looks for a cluster that is not there for more than a minute."""
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.rpartition("/")[2], int(port)), timeout=10).close()
+    except (OSError, OverflowError) as fault:
+        raise UserError(f"--ray {address}: no cluster answers there ({fault}); see `ray status`") from None

@@ -280,6 +280,12 @@ def test_a_ray_cluster_of_two_nodes_writes_the_bytes_of_one_process(
     assert contents(tmp_path / "ray") == contents(tmp_path / "here")
 
 
+def test_a_cluster_that_is_not_there_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match="--ray 127.0.0.1:1: no cluster answers there"):
+        list(on_ray("127.0.0.1:1")(refuse, None, _tasks(table(tmp_path)), ""))
+
+
 def test_an_orphaned_process_ends_by_itself(tmp_path: Path) -> None:
     parent = multiprocessing.get_context("spawn").Process(target=_sleepers, args=(tmp_path,))
     parent.start()
