@@ -312,8 +312,8 @@ def build_trainer(
     for path, part, weight in zip(config.data.train_sets, data.parts, data.weights, strict=True):
         share = math.ceil(batch * weight / sum(data.weights))
         if share > len(part):
-            of_which = "" if share == batch else f" holds {share} of that set, which"
-            raise UserError(f"train.global_batch: {batch}{of_which} is more than the {len(part)} pairs of {path}")
+            taken = f"{batch}" if share == batch else f"{batch} takes {share} of one set at once, which"
+            raise UserError(f"train.global_batch: {taken} is more than the {len(part)} pairs of {path}")
     duration = build_duration(config, data.epoch_size)
     model.to(accelerator.device)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def pretrain(
     check_losses(config)
     if config.train.fused_loss:
         fuse()
-    with accelerator.main_process_first():  # one process builds the index, the others read it
+    with main_process_first(accelerator):  # one process builds the index, the others read it
         data = build_data(config)
         validation_index = open_index(config.data.validation) if config.data.validation else None
         if config.data.cache == "pixels":
@@ -147,6 +148,21 @@ def pretrain(
         return evaluate(config, load(run_dir, device=accelerator.device), validation_index, trainer, quiet)
     finally:
         accelerator.end_training()
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """The main process does the block, then the others; also behind an error, which the others then meet themselves.
+
+    accelerate's own leaves the others waiting for a main process that is gone.
+    """
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            accelerator.wait_for_everyone()
 
 
 def find_start(run_dir: Path, *, resume: bool, overwrite: bool) -> Path | None:

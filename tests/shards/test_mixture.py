@@ -1,5 +1,7 @@
+import json
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -8,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contrastive.errors import UserError
-from contrastive.shards import Mixture, PairLoader, ShardIndex
+from contrastive.pretrain import pretrain
+from contrastive.shards import Mixture, PairLoader, ShardIndex, open_source, write_shards
 from contrastive.shards.mixture import MixedOrder
+from tests.distributed.spawn import run_ranks
+from tests.tiny import tiny_config, write_corpus
 
 from .conftest import lengths, records
 
@@ -140,3 +145,34 @@ def test_views_of_a_mixture_are_those_of_its_sets(shards: Shards) -> None:
     assert list(mixture.captions()) == [f"caption {i}" for i in range(9)]
     assert (mixture.record(7).key, mixture.variants(7)) == ("sample-007", ("variant 7",))
     assert mixture.shard_of(5).endswith("a/00001.tar") and mixture.shard_of(6).endswith("b/00000.tar")
+
+
+def train_on_two_sets(rank: int, world: int, corpus: Path, run_dir: Path, kind: str, resume: bool) -> list[float]:
+    sets = f"data.train={{{corpus}/shards: 1, {corpus}/more: 3}}"
+    overrides = [sets, f"loss.kind={kind}", "train.epochs=0.5", "model.image.kwargs.proj_drop_rate=0.0"]
+    config = tiny_config(corpus, run_dir / "run", *overrides, "model.text.dropout=0.0")
+    pretrain(config, quiet=True, resume=resume, stop_after=None if resume else 2)
+    rows = [json.loads(line) for line in (run_dir / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+@pytest.mark.parametrize("kind", ["infonce", "sogclr"])
+def test_a_run_on_two_sets_is_the_same_on_one_process_and_two(tmp_path: Path, kind: str) -> None:
+    write_corpus(tmp_path / "c")
+    write_shards(open_source(tmp_path / "c" / "images"), tmp_path / "c" / "more")
+    for resume in (False, True):
+        one = run_ranks(1, train_on_two_sets, tmp_path / "c", tmp_path / "1", kind, resume, timeout=90)[0]
+        two = run_ranks(2, train_on_two_sets, tmp_path / "c", tmp_path / "2", kind, resume, timeout=90)[0]
+    assert len(one) == 5  # an epoch of the mixture reads the set of weight 1 once: 160 pairs, half of it 80
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_a_batch_larger_than_its_share_of_a_set_is_refused(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c")
+    write_shards(open_source(tmp_path / "c" / "images"), tmp_path / "c" / "more")
+    sets = f"data.train={{{tmp_path}/c/shards: 1, {tmp_path}/c/more: 3}}"
+    config = tiny_config(tmp_path / "c", tmp_path / "run", sets, "train.global_batch=64")
+    with pytest.raises(
+        UserError, match="train.global_batch: 64 takes 48 of one set at once, which is more than the 40 pairs of"
+    ):
+        pretrain(config, quiet=True)

@@ -1,5 +1,7 @@
 """Too much bad data stops a run, all ranks at the same step, with what to mend."""
 
+import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,20 @@ def test_a_set_of_damaged_images_only_ends_within_its_first_epoch(tmp_path: Path
         assert "pairs can be used" in rank["error"] and "truncated or damaged" in rank["error"]
         assert ".png in " in rank["error"] or "0-" in rank["error"]  # the keys that were found
     assert lines(tmp_path / "r")[-1]["step"] <= 3
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_set_of_which_indexing_leaves_out_too_much_is_not_trained_on(tmp_path: Path, world: int) -> None:
+    corpus = corpus_with(tmp_path / "c", bad=0)
+    members = corpus / "shards" / "00003.tar"
+    with tarfile.open(members) as tar:
+        kept = [(one, tar.extractfile(one).read()) for one in tar if not one.name.endswith("39.txt")]  # type: ignore[union-attr]
+    with tarfile.open(members, "w") as tar:
+        for member, data in kept:
+            tar.addfile(member, io.BytesIO(data))
+    ended = run_ranks(world, train, corpus, tmp_path / "r", [], timeout=90)
+    for rank in ended:
+        assert "1 of 40 samples in" in rank["error"] and "no caption: 1" in rank["error"]
+        assert "data.max_skip_rate: 0.01 is passed before the first step" in rank["error"]
+    (again,) = run_ranks(1, train, corpus, tmp_path / "r", ["data.max_skip_rate=0.03"], timeout=90)
+    assert again["error"] is None
