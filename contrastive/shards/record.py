@@ -112,7 +112,9 @@ class Source:
 
 
 MAX_IMAGE_BYTES = 32 << 20  # of one encoded image
+MAX_CAPTION_BYTES = 64 << 10  # of the caption: ten pages
 MAX_TEXT_BYTES = 1 << 20  # of all captions of one pair
+MAX_JSON_BYTES = 2 << 20  # of a pair's .json: all captions, with room for marks and other columns
 
 # File name extensions of the formats that are read, as a folder or a tar may spell them.
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})

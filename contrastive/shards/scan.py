@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from contrastive.shards.record import IMAGE_EXTENSIONS, image_extension
+from contrastive.shards.record import (
+    IMAGE_EXTENSIONS,
+    MAX_CAPTION_BYTES,
+    MAX_IMAGE_BYTES,
+    MAX_JSON_BYTES,
+    image_extension,
+)
 from contrastive.shards.tar import DamagedShard, Member, members
 
-MAX_IMAGE = 32 << 20  # bytes of one encoded image
-MAX_TEXT = 64 << 10  # bytes of a caption; the largest of a page of text is far below
-MAX_JSON = 1 << 20
 MAX_DEPTH = 32  # of nested lists and objects in a .json member
 # Members that somebody's loader would run or unpickle. A shard with one of them is not for this purpose.
 CODE = frozenset(
@@ -92,9 +95,9 @@ def _look(file: int, image: Member, text: Member, info: Member) -> tuple[str, st
     """Why a sample is no pair ("" if it is one), and its caption."""
     if image is _NONE or text is _NONE:
         return ("no image" if image is _NONE else "no caption"), ""
-    if image.size > MAX_IMAGE:
+    if image.size > MAX_IMAGE_BYTES:
         return "image too large", ""
-    if text.size > MAX_TEXT or info.size > MAX_JSON:
+    if text.size > MAX_CAPTION_BYTES or info.size > MAX_JSON_BYTES:
         return "text too long", ""
     try:
         caption = os.pread(file, text.size, text.offset).decode("utf-8").strip()

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from contrastive.errors import UserError
 from contrastive.shards.index import PathLike, caption_id
-from contrastive.shards.record import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Record, image_extension
+from contrastive.shards.record import (
+    IMAGE_EXTENSIONS,
+    MAX_CAPTION_BYTES,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    Record,
+    image_extension,
+)
 
 MANIFEST = "manifest.json"
 
@@ -127,7 +134,8 @@ def fault_of(record: Record) -> str | None:
         return "unknown image format"
     if not record.captions or not record.captions[0].strip():
         return "no caption"
-    if sum(len(caption.encode("utf-8", "surrogatepass")) for caption in record.captions) > MAX_TEXT_BYTES:
+    sizes = [len(caption.encode("utf-8", "surrogatepass")) for caption in record.captions]
+    if sizes[0] > MAX_CAPTION_BYTES or sum(sizes) > MAX_TEXT_BYTES:
         return "text too long"
     try:
         "".join(record.captions).encode()

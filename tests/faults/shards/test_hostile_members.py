@@ -57,7 +57,9 @@ def test_names_that_lead_out_or_cannot_be_printed_are_refused(tmp_path: Path, na
 
 
 @pytest.mark.parametrize(
-    ("compress", "told"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")], ids=str
+    ("compress", "told"),
+    [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")],
+    ids=["gzip", "bzip2", "xz"],
 )
 def test_compression_under_the_name_of_a_tar_is_named(tmp_path: Path, compress: Any, told: str) -> None:
     path = write_tar(tmp_path / "x.tar", pairs(2))
