@@ -4,8 +4,8 @@
     python benchmarks/fuzz_index.py --minutes 1 --corpus tests/faults/shards/corpus
 
 Needs atheris (the extra `dev`). It starts from a few small tars and from what is in the corpus folder, to which it adds
-the smallest inputs that reached new code; `tests/faults/shards/test_fuzzed.py` replays that folder. An input that breaks a rule is
-written to crash-*, timeout-* or oom-* in the current folder, and the exit code is not 0.
+the smallest inputs that reached new code; `tests/faults/shards/test_fuzzed.py` replays that folder. An input that
+breaks a rule is written to crash-*, timeout-* or oom-* in the current folder, and the exit code is not 0.
 """
 
 import argparse

@@ -43,7 +43,7 @@ from contrastive.evaluation import (
 )
 from contrastive.losses import CustomLoss, fuse
 from contrastive.models import TwoTower, load, reinitialised, save_model, train_tokenizer
-from contrastive.shards import Mixture, ShardIndex, open_cache, open_index
+from contrastive.shards import Mixture, Rejected, ShardIndex, open_cache, open_index
 from contrastive.shards.storage import is_remote
 from contrastive.training import (
     LINE_EVERY_SECONDS,
@@ -240,7 +240,12 @@ def settle_tokenizer(config: Config, data: Mixture, accelerator: Accelerator, ke
         return (kept / "tokenizer.json").read_text()
     texts = [""]
     if accelerator.is_main_process:
-        texts = [train_tokenizer(data.captions(), choice.vocab_size, choice.lowercase).to_str()]
+        try:
+            texts = [train_tokenizer(data.captions(), choice.vocab_size, choice.lowercase).to_str()]
+        except Rejected as fault:
+            raise UserError(
+                f"data.train: {fault}, while a tokenizer was trained on its captions; start again"
+            ) from None
     broadcast_object_list(texts)
     return texts[0]
 

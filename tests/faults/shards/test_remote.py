@@ -321,7 +321,7 @@ def test_a_shard_lost_during_the_run_makes_its_samples_invalid(
     assert time.monotonic() - started < 20
     valid = {key: bool(ok) for batch in found for key, ok in zip(batch.keys, batch.valid.tolist(), strict=True)}
     assert valid == {f"sample-{i:03d}": i < 4 for i in range(8)}
-    assert sum(batch.rejected.get("shard unavailable", 0) for batch in found) == 4
+    assert sum(one.reason == "shard unavailable" for batch in found for one in batch.rejected) == 4
 
 
 def train_on_rank(rank: int, world: int, url: str, cache: str, lost: str) -> list[tuple[str, bool]]:
