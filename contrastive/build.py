@@ -57,7 +57,7 @@ from contrastive.models import (
     describe,
     open_clip_model,
 )
-from contrastive.shards import Augment, FeatureLoader, Mixture, PairLoader, open_index
+from contrastive.shards import Augment, FeatureLoader, Mixture, PairLoader, TokenCache, open_index
 from contrastive.training import Duration, Schedule, Skips, Trainer, adamw, check_share
 
 
@@ -324,7 +324,7 @@ def build_trainer(
             return FeatureLoader(data, *features, **place)
         return PairLoader(
             data,
-            tokenize=model.tokenize,
+            tokenize=TokenCache(model.tokenize, model.tokenizer.pad_id),
             image_size=model.image_size,
             augment=build_augment(config),
             workers=config.data.workers,

@@ -1,6 +1,6 @@
 """Image-text pairs on disk: reading what a user has, writing shards, indexing them, and loading batches."""
 
-from contrastive.shards.augment import Augment, augment_image
+from contrastive.shards.augment import Augment, augment_pixels
 from contrastive.shards.batch import Batch, Rejection
 from contrastive.shards.cache import open_cache
 from contrastive.shards.decode import decode_image, resize_square
@@ -13,6 +13,7 @@ from contrastive.shards.mixture import Mixture
 from contrastive.shards.pools import on_processes, on_ray
 from contrastive.shards.record import Record, Rejected, Source, image_extension
 from contrastive.shards.sources import open_source
+from contrastive.shards.tokens import TokenCache
 from contrastive.shards.write import Manifest, write_shards
 
 __all__ = [
@@ -28,8 +29,9 @@ __all__ = [
     "Rejection",
     "ShardIndex",
     "Source",
+    "TokenCache",
     "Transform",
-    "augment_image",
+    "augment_pixels",
     "caption_id",
     "decode_image",
     "image_extension",

@@ -26,6 +26,7 @@ from contrastive.shards.tar import DamagedShard
 __all__ = ["PathLike", "ShardIndex", "caption_id", "find_shards", "open_index"]
 
 VERSION = 2
+TOGETHER = 2048  # bytes between two members of which to read through is cheaper than to read twice
 OPEN_FILES = 64  # far below the usual limit of 1,024
 PathLike = str | os.PathLike[str]
 Shard = Path | str  # a URL is a string
@@ -58,6 +59,8 @@ class ShardIndex:
         self._tables = tables
         self.ids, self.shard, self.sizes = tables["ids"], tables["shard"], tables["sizes"]
         self.shard_starts = np.searchsorted(self.shard, np.arange(len(self.shards) + 1)).astype(np.int64)
+        self._places = tables["offsets"]
+        self._stats = [(size, mtime) for size, mtime in tables["stats"].tolist()]
         self._files: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -75,10 +78,17 @@ class ShardIndex:
 
     def caption(self, i: int) -> str:
         """The first caption."""
-        try:
-            return self._read(i, 1).decode("utf-8").strip()
-        except UnicodeDecodeError:  # it was UTF-8 when it was indexed
-            raise Rejected("shard changed since indexing") from None
+        return _text(self._read(i, 1))
+
+    def pair(self, i: int) -> tuple[bytes, str]:
+        """`image` and `caption`, by one read where they lie together, as in shards that we write."""
+        (image_at, text_at, _), (image_size, text_size, _) = self._places[i].tolist(), self.sizes[i].tolist()
+        first, last = min(image_at, text_at), max(image_at + image_size, text_at + text_size)
+        if last - first > image_size + text_size + TOGETHER:
+            return self.image(i), self.caption(i)
+        data = self._bytes(int(self.shard[i]), last - first, first)
+        image = data[image_at - first : image_at - first + image_size]
+        return image, _text(data[text_at - first : text_at - first + text_size])
 
     def captions(self) -> Iterator[str]:
         """The first caption of every sample, in order (to train a tokenizer on)."""
@@ -121,8 +131,9 @@ class ShardIndex:
         return value if isinstance(value, dict) else {}
 
     def _read(self, i: int, part: int) -> bytes:
-        shard = int(self.shard[i])
-        offset, size = int(self._tables["offsets"][i, part]), int(self.sizes[i, part])
+        return self._bytes(int(self.shard[i]), int(self.sizes[i, part]), int(self._places[i, part]))
+
+    def _bytes(self, shard: int, size: int, offset: int) -> bytes:
         file = self._files.get(shard)
         if file is None:
             file = self._open(shard)
@@ -149,10 +160,12 @@ class ShardIndex:
 
     def _unchanged(self, shard: int, file: int) -> bool:
         now = os.fstat(file)  # a quarter of a microsecond: cheap enough for every read
-        return [now.st_size, now.st_mtime_ns] == self._tables["stats"][shard].tolist()
+        return (now.st_size, now.st_mtime_ns) == self._stats[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in ("ids", "shard", "sizes")}
+        state = {
+            name: value for name, value in self.__dict__.items() if name not in ("ids", "shard", "sizes", "_places")
+        }
         state["_files"] = {}  # open files do not travel to another process
         if load_tables(self._saved, self.fingerprint) is not None:
             state["_tables"] = None  # the other process maps the file itself
@@ -297,6 +310,13 @@ def _tell(shards: list[Shard], damaged: dict[str, str]) -> str:
 
 def _name(shard: Shard) -> str:
     return storage.redact(str(shard)).rpartition("/")[2]
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError:  # it was UTF-8 when it was indexed
+        raise Rejected("shard changed since indexing") from None
 
 
 def _variants(caption: str, meta: dict[str, Any]) -> tuple[str, ...]:

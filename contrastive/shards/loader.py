@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from contrastive.errors import UserError
 from contrastive.shards.augment import DRAWS, Augment
@@ -17,7 +16,7 @@ from contrastive.shards.index import ShardIndex, caption_id
 from contrastive.shards.mixture import MixedOrder, Mixture, as_mixture
 from contrastive.shards.order import draws, local_batch
 from contrastive.shards.record import Rejected
-from contrastive.shards.render import render, render_image
+from contrastive.shards.render import render, render_pixels
 from contrastive.shards.workers import from_workers
 
 VERSION = 2  # of the order and of the numbers drawn: a change of either must not pass for the same run
@@ -152,8 +151,8 @@ class _Steps:
         for row, (sample, u) in enumerate(zip(samples.tolist(), numbers, strict=True)):
             try:
                 variant = self._variant(sample, u[DRAWS], u[DRAWS + 1])
-                captions[row] = self.mixture.caption(sample) if variant is None else variant
-                pixels[row] = self._pixels(sample, u)
+                pixels[row], first = self._pair(sample, u)
+                captions[row] = first if variant is None else variant
             except Rejected as fault:
                 captions[row] = ""
                 rejected.append(Rejection(int(epochs[row]), self.mixture.shard_of(sample), keys[row], fault.reason))
@@ -171,14 +170,16 @@ class _Steps:
             rejected=rejected,
         )
 
-    def _pixels(self, sample: int, u: list[float]) -> np.ndarray:
+    def _pair(self, sample: int, u: list[float]) -> tuple[np.ndarray, str]:
+        """Pixels and first caption of a sample."""
         if self.caches is None:
-            return render(self.mixture.image(sample), self.size, self.augment, u, self.fill, self.decode)
+            image, caption = self.mixture.pair(sample)
+            return render(image, self.size, self.augment, u, self.fill, self.decode), caption
         part, i = self.mixture.locate(sample)
         cache = self.caches[part]
         if i in cache.rejected:
             raise Rejected(cache.rejected[i])
-        return render_image(Image.fromarray(cache.pixels[i]), self.size, self.augment, u, self.fill)
+        return render_pixels(cache.pixels[i], self.size, self.augment, u, self.fill), self.mixture.caption(sample)
 
     def _variant(self, sample: int, chance: float, which: float) -> str | None:
         """One of the sample's further captions, with the wanted probability; None for its first one."""

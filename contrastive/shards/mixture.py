@@ -5,6 +5,7 @@ set as often as its weight says, in an order drawn by the hash. Every set walks 
 pairs comes exactly once before any of them comes again, whatever the other sets do.
 """
 
+import bisect
 import itertools
 import math
 from collections import Counter
@@ -41,6 +42,7 @@ class Mixture:
         divisor = math.gcd(*weights)
         self.parts, self.weights = list(parts), [weight // divisor for weight in weights]
         self.offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        self._offsets: list[int] = self.offsets.tolist()
         self.ids: np.ndarray = np.concatenate([part.ids for part in parts])
         self.rejected: dict[str, int] = dict(sum((Counter(part.rejected) for part in parts), Counter()))
         self.fingerprint = "+".join(
@@ -56,8 +58,8 @@ class Mixture:
 
     def locate(self, i: int) -> tuple[int, int]:
         """The number of a sample's set, and its number in there."""
-        part = int(np.searchsorted(self.offsets, i, side="right")) - 1
-        return part, i - int(self.offsets[part])
+        part = bisect.bisect_right(self._offsets, i) - 1
+        return part, i - self._offsets[part]
 
     def key(self, i: int) -> str:
         """The sample's name; two sets may hold the same one."""
@@ -73,6 +75,11 @@ class Mixture:
         """The first caption."""
         part, i = self.locate(i)
         return self.parts[part].caption(i)
+
+    def pair(self, i: int) -> tuple[bytes, str]:
+        """`image` and `caption`, by one read where they lie together."""
+        part, i = self.locate(i)
+        return self.parts[part].pair(i)
 
     def captions(self) -> Iterator[str]:
         """The first caption of every sample, in order (to train a tokenizer on)."""

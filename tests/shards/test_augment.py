@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from contrastive.errors import UserError
-from contrastive.shards import Augment, augment_image
+from contrastive.shards import Augment, augment_pixels
 from contrastive.shards.augment import DRAWS
 
 HALF = [0.5] * DRAWS
@@ -13,6 +13,10 @@ HALF = [0.5] * DRAWS
 
 def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def augment_image(image: Image.Image, size: int, augment: Augment, u: list[float], fill: int = 255) -> Image.Image:
+    return Image.fromarray(augment_pixels(np.asarray(image), size, augment, u, fill))
 
 
 def draws(**places: float) -> list[float]:

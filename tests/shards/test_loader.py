@@ -131,7 +131,7 @@ def test_a_bad_sample_is_counted_and_stays_in_its_place(shards: Shards) -> None:
     assert torch.equal(batch.pixels[batch.valid], whole.pixels[batch.valid])
 
 
-@pytest.mark.parametrize("part", ["image", "caption", "variants"])
+@pytest.mark.parametrize("part", ["pair", "variants"])
 def test_what_a_shard_refuses_to_give_is_a_rejection_in_its_place(
     shards: Shards, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
