@@ -59,10 +59,10 @@ def test_fast_never_decodes_below_the_size_of_the_crop(
     assert height >= min(size, 427)
 
 
-@pytest.mark.parametrize("size", [150, 64])
+@pytest.mark.parametrize("size", [120, 64])
 def test_fast_differs_from_exact_by_little(photograph: Image.Image, size: int) -> None:
     data = jpeg(photograph)
-    for seed in range(5):
+    for seed in range(3):
         u = np.random.default_rng(seed).random(DRAWS).tolist()
         exact, fast = (render(data, size, CROP, u, decode=how).astype(int) for how in ("exact", "fast"))
         assert not np.array_equal(exact, fast)  # it did take the short way
