@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ from contrastive.shards import ShardIndex
 from contrastive.shards.record import Rejected
 from tests.distributed.spawn import run_ranks
 
-from .faulty import corpus_with, lines, losses, run, state
+from .faulty import at_step, corpus_with, lines, losses, run, state
 
 TOLERANT = ["data.max_skip_rate=1.0", "train.steps=8", "checkpoint.every=2", "checkpoint.keep=9"]
 
@@ -84,15 +85,15 @@ def with_refusal(
     rank: int, world: int, corpus: Path, run_dir: Path, reason: str, overrides: list[str]
 ) -> dict[str, Any]:
     """From the second half of the run on, reads of the second shard are refused, as they are when it is gone."""
-    plain, calls = ShardIndex.image, [0]
+    plain, calls = ShardIndex.pair, [0]
 
-    def image(self: ShardIndex, i: int) -> bytes:
+    def pair(self: ShardIndex, i: int) -> tuple[bytes, str]:
         calls[0] += 1
         if self.shard[i] == 1 and calls[0] > 4 * 16 // world:
             raise Rejected(reason)
         return plain(self, i)
 
-    ShardIndex.image = image  # type: ignore[method-assign]
+    ShardIndex.pair = pair  # type: ignore[method-assign]
     return run(rank, world, corpus, run_dir, overrides)
 
 
@@ -107,6 +108,27 @@ def test_a_shard_lost_in_the_run_is_counted_and_the_limit_decides(tmp_path: Path
     strict = run_ranks(world, with_refusal, corpus, tmp_path / "b", reason, ["train.steps=8"], timeout=90)
     assert len({rank["error"] for rank in strict}) == 1
     assert reason in strict[0]["error"] and "data.max_skip_rate: 0.01 is passed at step 5" in strict[0]["error"]
+
+
+def with_overwritten_shard(rank: int, world: int, corpus: Path, run_dir: Path) -> dict[str, Any]:
+    os.environ["OVERWRITTEN"] = str(corpus / "shards" / "00001.tar")
+    at_step(4, overwrite)
+    return run(rank, world, corpus, run_dir, TOLERANT)
+
+
+def overwrite() -> None:
+    shard = Path(os.environ["OVERWRITTEN"])
+    shard.write_bytes(shard.read_bytes()[::-1])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_shard_that_is_overwritten_in_the_run_is_noticed_and_not_read(tmp_path: Path, world: int) -> None:
+    corpus = corpus_with(tmp_path / "c", bad=0)
+    for rank in run_ranks(world, with_overwritten_shard, corpus, tmp_path / "r", timeout=90):
+        assert rank["error"] is None
+    found = lines(tmp_path / "r")
+    assert {line["reason"] for line in found} == {"shard changed since indexing"}
+    assert {Path(line["shard"]).name for line in found} == {"00001.tar"}
 
 
 def test_a_key_that_is_no_utf8_is_told_too(tmp_path: Path) -> None:
