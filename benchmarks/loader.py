@@ -174,13 +174,13 @@ def our_batches(shards: Path, size: int, decode: str) -> Iterator[int]:
     from contrastive.shards import Augment, PairLoader, TokenCache, open_index
 
     tokenizer = OpenClipTokenizer()
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)))
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)))
     loader = PairLoader(
         open_index(shards), tokenize=TokenCache(tokenizer, tokenizer.pad_id), image_size=size,
         augment=Augment(crop=(0.9, 1.0)), global_batch=BATCH, workers=1, decode=decode,
     )  # fmt: skip
     for batch in loader:
-        pixels = (batch.pixels.float() / 255 - mean) / std
+        pixels = batch.pixels.float().sub_(mean).div_(std)
         assert pixels.shape[1:] == (3, size, size) and bool(batch.valid.all())
         yield len(pixels)
 
@@ -202,9 +202,8 @@ def decoded(shards: Path, size: int, scaled: bool) -> Iterator[int]:
     for data, u in zip(images, numbers, strict=True):
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         _, _, crop_width, crop_height = crop_of(width, height, Augment(crop=(0.9, 1.0)), u)
-        factor = min(crop_width, crop_height) / size
-        sides = {"min_height": int(np.ceil(height / factor)), "min_width": int(np.ceil(width / factor))}
-        least.append(sides if scaled and factor > 1 else {})
+        factor = max(power for power in (1, 2, 4, 8) if power == 1 or power <= min(crop_width, crop_height) / size)
+        least.append({"min_height": height // factor, "min_width": width // factor} if scaled and factor > 1 else {})
     at = 0
     while True:
         for _ in range(BATCH):

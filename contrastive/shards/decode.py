@@ -39,7 +39,8 @@ def decode_pixels(data: bytes, shrink: Shrink | None = None) -> np.ndarray:
 
     A whole JPEG comes from libjpeg-turbo either way, with the same pixels (`tests/shards/test_decode.py`); by
     simplejpeg, where it is installed, without Pillow's copies. A smaller one skips the finer part of each block's
-    cosine transform: one of the scales 1/8 to 7/8 (1/2, 1/4, 1/8 without simplejpeg).
+    cosine transform: 1/2, 1/4 or 1/8 of the size. (At 5/8 to 7/8 libjpeg-turbo is slower than at full size, since it
+    has vector code for the others only.)
     """
     if image_extension(data) != "jpg":
         return np.asarray(decode_image(data))
@@ -49,9 +50,8 @@ def decode_pixels(data: bytes, shrink: Shrink | None = None) -> np.ndarray:
             return pixels
     image = _open(data)
     if shrink is not None and image.mode == "RGB":
-        factor = max(1.0, shrink(*image.size))
-        # never below what is asked: Pillow's draft takes the largest of 1, 2, 4, 8 that leaves at least this size
-        image.draft("RGB", (int(np.ceil(image.width / factor)), int(np.ceil(image.height / factor))))
+        factor = _power_of_two(shrink(*image.size))
+        image.draft("RGB", (image.width // factor, image.height // factor))
     return np.asarray(_load(image))
 
 
@@ -64,12 +64,17 @@ def _with_simplejpeg(data: bytes, shrink: Shrink | None) -> np.ndarray | None:
         if width * height > MAX_PIXELS:
             raise Rejected("too many pixels")
         least = {}
-        if shrink is not None and (factor := shrink(width, height)) > 1:
-            least = {"min_height": int(np.ceil(height / factor)), "min_width": int(np.ceil(width / factor))}
+        if shrink is not None and (factor := _power_of_two(shrink(width, height))) > 1:
+            least = {"min_height": height // factor, "min_width": width // factor}
         pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", **least)
         return pixels
     except ValueError:
         return None
+
+
+def _power_of_two(factor: float) -> int:
+    """The largest of 1, 2, 4 and 8 that is no more than `factor`."""
+    return max(power for power in (1, 2, 4, 8) if power <= max(1.0, factor))
 
 
 def resize_square(image: Image.Image, size: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from contrastive.shards.mixture import MixedOrder, Mixture, as_mixture
 from contrastive.shards.order import draws, local_batch
 from contrastive.shards.record import Rejected
 from contrastive.shards.render import render, render_pixels
-from contrastive.shards.workers import from_workers
+from contrastive.shards.workers import from_workers, new_bytes
 
 VERSION = 2  # of the order and of the numbers drawn: a change of either must not pass for the same run
 Tokenize = Callable[[list[str]], Any]
@@ -142,7 +142,8 @@ class _Steps:
     def __getitem__(self, step: int) -> Batch:
         epochs, samples = self.place.at(step)
         numbers = draws(self.seed, epochs, samples, DRAWS + 2).tolist()
-        pixels = np.zeros((len(samples), self.size, self.size, 3), np.uint8)
+        pixels_nhwc = new_bytes(len(samples), self.size, self.size, 3)
+        pixels = pixels_nhwc.numpy()
         valid = np.zeros(len(samples), bool)
         captions = [""] * len(samples)
         ids = self.mixture.ids[samples]
@@ -161,7 +162,7 @@ class _Steps:
                 ids[row] = caption_id(variant)
             valid[row] = True
         return Batch(
-            pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
+            pixels=pixels_nhwc.permute(0, 3, 1, 2),
             tokens=torch.as_tensor(self.tokenize(captions), dtype=torch.int64),
             ids=torch.from_numpy(ids),
             samples=torch.from_numpy(samples),

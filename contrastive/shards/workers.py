@@ -6,6 +6,7 @@ with a timeout it looks for dead workers only when the timeout is over.
 """
 
 import atexit
+import math
 import os
 import signal
 import traceback
@@ -59,6 +60,17 @@ def from_workers(items: Items, numbers: Iterable[int], count: int, timeout: floa
             worker.end()
 
 
+_in_worker = False
+
+
+def new_bytes(*shape: int) -> torch.Tensor:
+    """Zeros, uint8; in a worker they lie where the main process will see them, so that nothing is copied on the way."""
+    if not _in_worker:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
 class _Worker:
     def __init__(self, items: Items) -> None:
         self.pipe, theirs = multiprocessing.Pipe()
@@ -110,6 +122,8 @@ class _Failure:
 
 def _work(items: Items, pipe: Connection) -> None:
     """The life of a worker: answer until nobody asks any more."""
+    global _in_worker
+    _in_worker = True
     torch.set_num_threads(1)  # the training step needs the cores
     os.nice(5)  # and goes first: on few cores a step waits for its slowest thread, and working ahead hides ours
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
