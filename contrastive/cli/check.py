@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from contrastive.shards import open_index, storage
     from contrastive.shards.card import data_card, format_card
     from contrastive.shards.contact_sheet import write_contact_sheet
+    from contrastive.shards.record import Rejected
 
     if args.context < 1:
         raise UserError(f"--context {args.context}: give at least 1")
@@ -40,7 +41,10 @@ def run(args: argparse.Namespace) -> int:
     count_tokens = None
     if args.tokenizer:
         count_tokens = _counter(args.tokenizer)
-    card = data_card(index, context=args.context, count_tokens=count_tokens)
+    try:
+        card = data_card(index, context=args.context, count_tokens=count_tokens)
+    except Rejected as fault:  # a shard that was replaced or deleted while it was looked at
+        raise UserError(f"{args.shards}: {fault.reason}; run the check again") from None
     if args.json == "-":
         print(json.dumps(card, indent=1, ensure_ascii=False))
     else:

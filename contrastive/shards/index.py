@@ -8,6 +8,7 @@ into memory and not read, and `index.json`, the manifest: what each shard is, an
 import hashlib
 import json
 import os
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ from contrastive.shards.tar import DamagedShard
 
 __all__ = ["PathLike", "ShardIndex", "caption_id", "find_shards", "open_index"]
 
-VERSION = 2
+VERSION = 3
 TOGETHER = 2048  # bytes between two members of which to read through is cheaper than to read twice
 OPEN_FILES = 64  # far below the usual limit of 1,024
 PathLike = str | os.PathLike[str]
@@ -39,6 +40,7 @@ class ShardIndex:
     shard: int32 (n,), the number of each sample's shard, not falling. shard_starts: int64 (S + 1,), the number of each
         shard's first sample, and n.
     ids: int64 (n,), equal where two captions are the same apart from case and white space.
+    key_hashes: uint64 (n,), BLAKE2b of each key's UTF-8 bytes, little-endian: to join a set with other tables by.
     sizes: int64 (n, 3), bytes of the image, the text and the JSON.
     fingerprint: hexadecimal; the same for the same shards on every machine.
     rejected: counts of what the shards hold that is no pair, by reason. manifest: see `index.json`.
@@ -58,6 +60,7 @@ class ShardIndex:
     def _set_tables(self, tables: dict[str, np.ndarray]) -> None:
         self._tables = tables
         self.ids, self.shard, self.sizes = tables["ids"], tables["shard"], tables["sizes"]
+        self.key_hashes = tables["key_hashes"]
         self.shard_starts = np.searchsorted(self.shard, np.arange(len(self.shards) + 1)).astype(np.int64)
         self._places = tables["offsets"]
         self._stats = [(size, mtime) for size, mtime in tables["stats"].tolist()]
@@ -134,6 +137,8 @@ class ShardIndex:
         return self._bytes(int(self.shard[i]), int(self.sizes[i, part]), int(self._places[i, part]))
 
     def _bytes(self, shard: int, size: int, offset: int) -> bytes:
+        if offset + size > self._stats[shard][0]:  # a saved index that came with the shards may claim anything
+            raise Rejected("shard changed since indexing")
         file = self._files.get(shard)
         if file is None:
             file = self._open(shard)
@@ -149,7 +154,7 @@ class ShardIndex:
         if len(self._files) >= OPEN_FILES:
             os.close(self._files.pop(next(iter(self._files))))
         try:
-            file = os.open(storage.local_path(self.shards[shard]), os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(storage.local_path(self.shards[shard]), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             raise Rejected("shard unavailable") from None
         if not self._unchanged(shard, file):
@@ -164,7 +169,9 @@ class ShardIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {
-            name: value for name, value in self.__dict__.items() if name not in ("ids", "shard", "sizes", "_places")
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("ids", "shard", "sizes", "key_hashes", "_places")
         }
         state["_files"] = {}  # open files do not travel to another process
         if load_tables(self._saved, self.fingerprint) is not None:
@@ -266,6 +273,7 @@ def _build(shards: list[Shard], stats: np.ndarray, skip_damaged: bool) -> tuple[
         "offsets": np.array([row.offsets for _, row in rows], np.int64).reshape(-1, 3),
         "sizes": np.array([row.sizes for _, row in rows], np.int64).reshape(-1, 3),
         "ids": np.array([row.caption_id for _, row in rows], np.int64),
+        "key_hashes": np.array([_hash(key) for key in keys], np.uint64),
         "keys": np.frombuffer(b"".join(keys), np.uint8),
         "key_ends": np.cumsum([len(key) for key in keys], dtype=np.int64),
         "stats": stats,
@@ -306,6 +314,10 @@ def _tell(shards: list[Shard], damaged: dict[str, str]) -> str:
         f"{len(damaged)} of {len(shards)} shards in {os.path.dirname(storage.redact(str(shards[0])))} cannot be used: "
         f"{first}{more}; write or copy them again, or leave them out with `contrastive check --skip-damaged`"
     )
+
+
+def _hash(key: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
 def _name(shard: Shard) -> str:
@@ -349,7 +361,7 @@ def _load(saved: Path, shards: list[Shard], stats: np.ndarray) -> tuple[dict[str
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8", errors="surrogateescape")
         os.replace(temporary, path)

@@ -23,10 +23,15 @@ from contrastive.shards.record import (
 from contrastive.shards.tar import DamagedShard, Member, members
 
 MAX_DEPTH = 32  # of nested lists and objects in a .json member
+# Of one shard: its names are held in memory, about 1.1 kB a member (seen), and whoever made the bytes says how many.
+MAX_MEMBERS = 1_000_000  # far above any shard that is meant as one: `contrastive shard` cuts up a tar this large
+MAX_NAMES = 64 << 20  # characters of all names
+MAX_KINDS = 50  # extensions that are counted one by one
 # Members that somebody's loader would run or unpickle. A shard with one of them is not for this purpose.
 CODE = frozenset(
     "pickle pkl dill joblib pyd pth pt ckpt so dll dylib exe py pyc sh bat cmd jar class".split()
 )  # fmt: skip
+_COMPRESSED = frozenset("gz bz2 xz zst lz4".split())  # webdataset unpacks, then unpickles, a .pkl.gz
 _NONE = Member("", 0, 0)
 
 
@@ -51,18 +56,24 @@ class Scan:
 
 
 def scan_shard(path: Path) -> Scan:
-    """Raises DamagedShard, see `members`; also for a member that is code."""
+    """Raises DamagedShard, see `members`; also for a member that is code, and for more members than can be held."""
     found = Scan(size=path.stat().st_size)
     samples: dict[str, dict[str, Member]] = {}
-    for member in members(path):
+    length = 0  # of all names
+    for count, member in enumerate(members(path), 1):
+        length += len(member.name)
+        if count > MAX_MEMBERS or length > MAX_NAMES:
+            what = f"more than {MAX_MEMBERS:,} members or {MAX_NAMES:,} characters in their names: make smaller shards"
+            raise DamagedShard(path, member.offset - 512, what)
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         extension = extension.lower()
-        if extension.rpartition(".")[2] in CODE:
+        if _is_code(extension):
             raise DamagedShard(path, member.offset - 512, f"{member.name!r} is code or a pickle, which no shard holds")
         kind = "image" if extension in IMAGE_EXTENSIONS else extension
         if not stem or kind not in ("image", "txt", "json"):
-            found.ignored[extension] += 1
+            known = extension in found.ignored or len(found.ignored) < MAX_KINDS
+            found.ignored[extension if known else "others"] += 1
             continue
         key = f"{folder}/{stem}" if folder else stem
         parts = samples.setdefault(key, {})
@@ -80,6 +91,13 @@ def scan_shard(path: Path) -> Scan:
             found.rows.append(Row(key, offsets, sizes, caption_id(caption)))
     found.sha256 = sha256_of(path)
     return found
+
+
+def _is_code(extension: str) -> bool:
+    parts = extension.split(".")
+    while len(parts) > 1 and parts[-1] in _COMPRESSED:
+        parts.pop()
+    return parts[-1] in CODE
 
 
 def sha256_of(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Several numpy arrays in one file that is mapped into memory: opening costs the same however large they are."""
 
 import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ ALIGNMENT = 64
 
 def save_tables(path: Path, fingerprint: str, tables: dict[str, np.ndarray]) -> None:
     """Write the arrays aside, then by one rename. fingerprint: what they belong to, see `load_tables`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not the process's number: on a folder shared by containers, each of them is number 1.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "wb") as file:
             names = np.array([fingerprint, *tables])

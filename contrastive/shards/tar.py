@@ -6,6 +6,7 @@ what a shard has no use for and an attacker has: links, devices, sparse files, n
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 from contrastive.errors import UserError
 
 BLOCK = 512
-MAX_EXTENSION = 1 << 16  # bytes of a GNU long name or a pax header: Linux allows no path above 4,096
+MAX_EXTENSION = 1 << 16  # bytes of a GNU long name or a pax header
+MAX_NAME = 4096  # characters: Linux allows no longer path
 _ZERO = bytes(BLOCK)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _USELESS = {
@@ -45,14 +47,21 @@ def members(path: Path) -> Iterator[Member]:
     """The regular files of a tar in order (ustar, GNU and pax names); folders are passed over.
 
     Raises DamagedShard for a damaged header, a file that is cut off, data after the end, a compressed archive,
-    anything but files and folders, a name that is absolute, holds ".." or a control character.
+    anything but files and folders, a name that is absolute, too long, holds ".." or a control character.
     """
-    with open(path, "rb") as file:
-        yield from _members(path, file.fileno())
+    # A named pipe that is called x.tar would be waited for, without an end, if it were opened as a file is.
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield from _members(path, file)
+    finally:
+        os.close(file)
 
 
 def _members(path: Path, file: int) -> Iterator[Member]:
-    length = os.fstat(file).st_size
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode):
+        raise DamagedShard(path, 0, "not a regular file")
+    length = found.st_size
     if length == 0:
         raise DamagedShard(path, 0, "the file is empty")
     first = os.pread(file, BLOCK, 0)
@@ -102,6 +111,8 @@ def _members(path: Path, file: int) -> Iterator[Member]:
 
 
 def _check_name(path: Path, at: int, name: str) -> None:
+    if len(name) > MAX_NAME:
+        raise DamagedShard(path, at, f"a name of {len(name):,} characters")
     if name.startswith("/") or ".." in name.split("/") or any(ord(c) < 32 or ord(c) == 127 for c in name):
         raise DamagedShard(path, at, f"a member named {name[:80]!r}, which leads out of a folder or cannot be printed")
 
@@ -142,7 +153,8 @@ def _name(header: bytes) -> str:
 
 def _pax(path: Path, at: int, data: bytes) -> dict[str, str]:
     fields, start = {}, 0
-    while data[start:].strip(b"\0"):
+    data = data.rstrip(b"\0")
+    while start < len(data):
         try:
             space = data.index(b" ", start, start + 8)
             end = start + int(data[start:space])

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import os
 import pickle
@@ -143,3 +144,18 @@ def test_an_index_travels_to_another_process(shards: Shards) -> None:
     index = shards(records(6))
     index.image(0)  # has a file open now
     assert pickle.loads(pickle.dumps(index)).record(5) == index.record(5)
+
+
+def test_key_hashes_are_those_of_the_keys_alone(shards: Shards) -> None:
+    index = shards(records(6))
+    expected = [hashlib.blake2b(index.key(i).encode(), digest_size=8).digest() for i in range(len(index))]
+    assert index.key_hashes.dtype == np.uint64
+    assert index.key_hashes.astype("<u8").tobytes() == b"".join(expected)
+
+
+def test_an_index_of_another_version_is_built_again(shards: Shards, tmp_path: Path) -> None:
+    index = shards(records(3))
+    saved = tmp_path / "shards" / "index.json"
+    saved.write_text(saved.read_text().replace('"version": 3', '"version": 2'))
+    assert open_index(tmp_path / "shards").fingerprint == index.fingerprint
+    assert '"version": 3' in saved.read_text()
