@@ -103,6 +103,13 @@ def data_card(index: ShardIndex, *, context: int, count_tokens: CountTokens | No
 
 def format_card(card: dict[str, Any], name: str) -> str:
     """The card as text for a terminal."""
+    rows = card_rows(card)
+    width = max(len(label) for label, _ in rows) + 2
+    return "\n".join([name, *(f"  {label:<{width}}{text}" for label, text in rows)])
+
+
+def card_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """The card as labels and what they say; a label that starts with spaces belongs to the one above."""
     images, captions = card["images"], card["captions"]
     how = "" if captions["tokens_counted"] else ", estimated from words"
     rows = [
@@ -133,8 +140,7 @@ def format_card(card: dict[str, Any], name: str) -> str:
     for axis, numbers in card["modalities"].items():
         told = "; ".join(f"{what} {'not to be told' if v is None else f'{v:,.4g}'}" for what, v in numbers.items())
         rows.append((f"  {axis}", told))
-    width = max(len(label) for label, _ in rows) + 2
-    return "\n".join([name, *(f"  {label:<{width}}{text}" for label, text in rows)])
+    return rows
 
 
 def script(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from contrastive.shards.card import format_card
+from contrastive.shards.card import card_rows
 from contrastive.shards.decode import decode_image
 from contrastive.shards.index import ShardIndex
 from contrastive.shards.record import Rejected
@@ -25,8 +25,10 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 0; color: #1b1f24; background: #fafafa }}
 main {{ max-width: 1180px; margin: 0 auto; padding: 1rem }}
 h1 {{ font-size: 1.3rem; overflow-wrap: anywhere }} h2 {{ font-size: 1.05rem; margin-top: 1.8rem }}
-pre {{ background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: .8rem; white-space: pre-wrap;
-  overflow-wrap: anywhere; font-size: 12.5px }}
+dl {{ background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: .8rem; font-size: 13px; margin: 0;
+  display: grid; grid-template-columns: fit-content(7.5rem) 1fr; gap: .15rem 1rem }}
+dt {{ font-weight: 600 }} dt.part {{ font-weight: 400; padding-left: .8rem }}
+dd {{ margin: 0; overflow-wrap: anywhere }}
 ul.sheet {{ list-style: none; padding: 0; display: grid; gap: .7rem;
   grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)) }}
 ul.sheet li {{ background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: .4rem; font-size: 12px }}
@@ -36,7 +38,7 @@ table {{ border-collapse: collapse; font-size: 13px }}
 td, th {{ text-align: left; padding: .2rem .8rem .2rem 0; overflow-wrap: anywhere }}
 </style></head><body><main>
 <h1>{title}</h1>
-<pre>{card}</pre>
+<dl>{card}</dl>
 {sections}
 </main></body></html>
 """
@@ -55,13 +57,18 @@ def write_contact_sheet(path: str | Path, index: ShardIndex, card: dict[str, Any
     sections = [_sheet(index, f"{len(spread)} of {len(index):,} pairs, evenly spread", spread)]
     sections += [_sheet(index, f"The {what}", numbers.tolist()) for what, numbers in odd.items()]
     sections.append(_left_out(index.manifest["rejected"]))
-    page = _PAGE.format(
-        title=html.escape(name), card=html.escape(format_card(card, name)), sections="\n".join(filter(None, sections))
-    )
+    page = _PAGE.format(title=html.escape(name), card=_listed(card), sections="\n".join(filter(None, sections)))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8", errors="replace")
     return path
+
+
+def _listed(card: dict[str, Any]) -> str:
+    return "".join(
+        f"<dt{' class=part' if label.startswith(' ') else ''}>{html.escape(label)}</dt><dd>{html.escape(text)}</dd>"
+        for label, text in card_rows(card)
+    )
 
 
 def _sheet(index: ShardIndex, title: str, numbers: list[int]) -> str:

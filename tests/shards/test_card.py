@@ -101,7 +101,19 @@ def test_check_prints_the_card_and_writes_the_page(
     assert main(["check", str(tmp_path / "shards"), "--html", str(tmp_path / "page.html"), "--full"]) == 0
     shown = capsys.readouterr().out
     assert index.fingerprint in shown and "5 in 2 shards" in shown
-    assert (tmp_path / "page.html").read_text().count("<img ") >= 5
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<img ") >= 5
+    assert f"<dd>{index.fingerprint}</dd>" in page
+
+
+def test_a_shard_that_changes_while_it_is_looked_at_is_one_line_and_exit_code_2(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = shards(records(5))
+    monkeypatch.setattr("contrastive.shards.open_index", lambda *_, **__: index)
+    index.shards[0].write_bytes(b"another")
+    assert main(["check", str(tmp_path / "shards")]) == 2
+    assert capsys.readouterr().err.endswith("shard changed since indexing; run the check again\n")
 
 
 def test_check_of_a_damaged_shard_is_one_line_and_exit_code_2(
