@@ -258,6 +258,12 @@ def build_data(config: Config) -> Mixture:
     return Mixture(parts, list(config.data.train_sets.values()))
 
 
+def token_cache(model: TwoTower) -> TokenCache:
+    """The model's tokenizer with a memory, for one loader."""
+    width = None if model.text.cuts_text else model.tokenizer.context
+    return TokenCache(model.tokenize, model.tokenizer.pad_id, width=width)
+
+
 def build_augment(config: Config) -> Augment:
     """The augmentation of a recipe."""
     return Augment(**config.data.augment.model_dump())
@@ -324,7 +330,7 @@ def build_trainer(
             return FeatureLoader(data, *features, **place)
         return PairLoader(
             data,
-            tokenize=TokenCache(model.tokenize, model.tokenizer.pad_id),
+            tokenize=token_cache(model),
             image_size=model.image_size,
             augment=build_augment(config),
             workers=config.data.workers,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from contrastive.build import build_augment, build_data, build_model, wants_training
+from contrastive.build import build_augment, build_data, build_model, token_cache, wants_training
 from contrastive.config import Config
 from contrastive.errors import UserError
 from contrastive.models import OpenClipTokenizer, train_tokenizer
@@ -62,19 +62,24 @@ def bench_recipe(config: Config, *, seconds: float, workers: list[int]) -> Itera
     if choice is not None:
         trained = train_tokenizer(data.captions(), choice.vocab_size, choice.lowercase).to_str()
     model = build_model(config, trained)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert device is not None
+    model.to(device)
     batch = config.train.global_batch
     chunk = min(batch, config.train.chunk or batch)
 
     def step(example: Any) -> int:
-        pixels, tokens = example.pixels[:chunk], example.tokens[:chunk]
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision in ("auto", "bf16")):
+        pixels, tokens = example.pixels[:chunk].to(device), example.tokens[:chunk].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision in ("auto", "bf16")):
             image, text = model.encode_image(pixels), model.encode_text(tokens)
         (image.float() @ text.float().T).logsumexp(dim=1).sum().backward()
         model.zero_grad()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         return len(pixels)
 
     yield from _bench(
-        data, TokenCache(model.tokenize, model.tokenizer.pad_id), model.tokenize, model.image_size, batch,
+        data, token_cache(model), model.tokenize, model.image_size, batch,
         build_augment(config), config.data.decode, seconds, workers, step,
     )  # fmt: skip
 
@@ -94,7 +99,10 @@ def _bench(
     if seconds <= 0 or min(workers) < 0:
         raise UserError(f"--seconds {seconds:g}, --workers {workers}: give seconds above 0 and workers from 0 up")
     numbers = range(0, len(data), max(1, len(data) // LOOK_AT))
-    pairs = [data.pair(i) for i in numbers]
+    try:
+        pairs = [data.pair(i) for i in numbers]
+    except Rejected as fault:
+        raise UserError(f"the shards: {fault.reason}; see `contrastive check`") from None
     u = [0.5] * DRAWS
     places = iter(_endless(list(numbers)))
     images, captions = iter(_endless([image for image, _ in pairs])), iter(_endless([text for _, text in pairs]))
@@ -117,12 +125,15 @@ def _bench(
         tokenize([next(captions) for _ in range(batch)])
         return batch
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
     parts = {
         "disk": _rate(lambda: len(data.pair(next(places))[:1]), seconds),
         "decoding": _rate(decoded, seconds),
         "decoding and transform": _rate(rendered, seconds),
         "tokenizing": _rate(tokenized, seconds),
     }
+    torch.set_num_threads(threads)
     for name, rate in parts.items():
         yield Measured(name, rate)
     loaders = {}

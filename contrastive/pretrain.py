@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 
 from contrastive.build import (
@@ -104,6 +104,9 @@ def pretrain(
         if config.data.cache == "pixels":
             for part in data.parts:
                 open_cache(part)
+    prints = set(gather_object([data.fingerprint]))
+    if len(prints) > 1:
+        raise UserError("data.train: the shards changed while the processes opened them; start again")
     trained_tokenizer = settle_tokenizer(config, data, accelerator, run_dir if resume else None)
     model = build_model(config, trained_tokenizer)
     # From here on each process draws its own: dropout masks must differ between the shares of a batch.

@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from contrastive.loader_bench import Measured, bench_recipe, bench_shards
 
-    if args.source.endswith((".yaml", ".yml")) or (not Path(args.source).exists() and "://" not in args.source):
+    # a name without a folder behind it is that of a recipe that comes along
+    named = not Path(args.source).exists() and not any(mark in args.source for mark in "*?[{:")
+    if named or args.source.endswith((".yaml", ".yml")):
         from contrastive.config import load_config
 
         found = bench_recipe(load_config(args.source, []), seconds=args.seconds, workers=args.workers)

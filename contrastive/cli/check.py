@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             Path(args.json).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.html:
-        print(f"page: {write_contact_sheet(args.html, index, card, str(args.shards))}")
+        page = write_contact_sheet(args.html, index, card, str(args.shards))
+        print(f"page: {page}", file=sys.stderr if args.json == "-" else sys.stdout)
     return 0
 
 

@@ -75,7 +75,7 @@ def _crop(pixels: np.ndarray, size: int, box: tuple[float, float, float, float])
     torch's kernel for bytes takes a sixth of the time of Pillow's, and differs from it by at most a few grey levels.
     """
     left, top, width, height = box
-    x, y = round(left), round(top)
+    x, y = min(round(left), pixels.shape[1] - 1), min(round(top), pixels.shape[0] - 1)
     part = pixels[y : max(y + 1, round(top + height)), x : max(x + 1, round(left + width))]
     if part.shape[:2] == (size, size):
         return part

@@ -46,7 +46,11 @@ def _build(index: ShardIndex, path: Path) -> None:
     try:
         for i in range(len(index)):
             try:
-                image = np.asarray(decode_image(index.image(i)))
+                data = index.image(i)
+            except Rejected as fault:  # a fault that may pass is nothing to keep
+                raise UserError(f"data.cache: {index.key(i)}: {fault.reason}; start again") from None
+            try:
+                image = np.asarray(decode_image(data))
             except Rejected as fault:
                 rejected[i] = fault.reason
                 continue

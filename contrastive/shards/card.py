@@ -211,6 +211,8 @@ def _relevance(images: dict[str, Any], ids: np.ndarray) -> float | None:
     rng = np.random.default_rng(0)
     first, second = rng.integers(len(own), size=(2, 20_000))
     other = own[first] != own[second]
+    if not other.any():
+        return None
     thumbnails = images["thumbnails"]
 
     def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -41,8 +41,8 @@ class Remote:
     cache_dir: Path
     max_bytes: int | None = None
     retries: int = 4
-    deadline_seconds: float = 900.0
-    stall_seconds: float = 30.0
+    deadline_seconds: float = 300.0
+    stall_seconds: float = 20.0
     first_wait_seconds: float = 0.5
     allow_pipe: bool = False
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from contrastive.errors import UserError
 from contrastive.shards import storage
-from contrastive.shards.record import Record, Rejected
+from contrastive.shards.record import MAX_CAPTION_BYTES, Record, Rejected
 from contrastive.shards.scan import Scan, caption_id, json_fault, scan_shard, sha256_of
 from contrastive.shards.tables_file import load_tables, save_tables
 from contrastive.shards.tar import DamagedShard
@@ -144,9 +144,12 @@ class ShardIndex:
             file = self._open(shard)
         try:
             data = os.pread(file, size, offset)
-        except OSError:
+            unchanged = self._unchanged(shard, file)
+        except OSError:  # a network's file that went stale: the next read opens it anew
+            with suppress(OSError):
+                os.close(self._files.pop(shard))
             raise Rejected("shard unavailable") from None
-        if len(data) != size or not self._unchanged(shard, file):
+        if len(data) != size or not unchanged:
             raise Rejected("shard changed since indexing")
         return data
 
@@ -185,8 +188,9 @@ class ShardIndex:
         self._set_tables(tables)
 
     def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
+        if os is not None:  # not at the end of the interpreter
+            for file in getattr(self, "_files", {}).values():
+                os.close(file)
 
 
 def open_index(path: PathLike | Sequence[PathLike], *, skip_damaged: bool = False) -> ShardIndex:
@@ -206,9 +210,15 @@ def open_index(path: PathLike | Sequence[PathLike], *, skip_damaged: bool = Fals
     found = _load(saved, shards, stats)
     if found is None:
         manifest, tables = _build(shards, stats, skip_damaged)
-        with suppress(OSError):  # a folder that cannot be written: the index lives in memory only
+        try:
             save_tables(saved, manifest["fingerprint"], tables)
             _write_json(saved.with_suffix(".json"), manifest)
+        except OSError as fault:  # a folder that cannot be written: the index lives in memory only
+            if skip_damaged:
+                raise UserError(
+                    f"--skip-damaged: {saved} cannot be written ({fault.strerror}), and training would not know which "
+                    "shards to leave out; copy the shards to a folder of your own"
+                ) from None
     else:
         manifest, tables = found
     index = ShardIndex(shards, folder, manifest, tables, saved)
@@ -335,7 +345,14 @@ def _variants(caption: str, meta: dict[str, Any]) -> tuple[str, ...]:
     captions = meta.get("captions")
     if not isinstance(captions, list):
         return ()
-    return tuple(c for c in captions if isinstance(c, str) and c.strip() and c != caption)
+    return tuple(c for c in captions if isinstance(c, str) and c.strip() and c != caption and _fits(c))
+
+
+def _fits(variant: str) -> bool:
+    try:
+        return len(variant.encode()) <= MAX_CAPTION_BYTES
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON can spell one
+        return False
 
 
 def _fingerprint(shards: list[dict[str, Any]], tables: dict[str, np.ndarray]) -> str:
@@ -355,9 +372,13 @@ def _load(saved: Path, shards: list[Shard], stats: np.ndarray) -> tuple[dict[str
         if manifest["version"] != VERSION or names != [_name(shard) for shard in shards]:
             return None
         tables = load_tables(saved, manifest["fingerprint"])
+        known = {"pairs", "damaged", "rejected", "ignored"} <= manifest.keys()
+        if tables is None or not known or not np.array_equal(tables["stats"], stats):
+            return None
+        rows = {len(tables[name]) for name in ("shard", "offsets", "sizes", "ids", "key_hashes", "key_ends")}
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent or damaged: it is built again
-    return (manifest, tables) if tables is not None and np.array_equal(tables["stats"], stats) else None
+    return (manifest, tables) if rows == {manifest["pairs"]} else None
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ class PairLoader:
             "image_size": image_size,
             "augment": None if augment is None else {**asdict(augment), "crop": list(augment.crop)},
             "caption_variants": caption_variants,
-            "decode": decode,
+            "decode": "exact" if cache else decode,
             "mean_fill": mean_fill,
         }
         self.identity: dict[str, Any] = {**self.place.identity, "transform": transform}

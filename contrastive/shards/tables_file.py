@@ -1,6 +1,7 @@
 """Several numpy arrays in one file that is mapped into memory: opening costs the same however large they are."""
 
 import os
+import tokenize
 import uuid
 from pathlib import Path
 
@@ -52,5 +53,5 @@ def load_tables(path: Path, fingerprint: str) -> dict[str, np.ndarray] | None:
                 tables[name] = mapped.view(np.ndarray)
                 file.seek(start + size)
             return tables
-    except (OSError, ValueError, EOFError, IndexError):
-        return None
+    except (OSError, ValueError, EOFError, IndexError, SyntaxError, TypeError, MemoryError, tokenize.TokenError):
+        return None  # numpy reads its headers as Python literals, and tells of damage in all these ways

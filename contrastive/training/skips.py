@@ -30,6 +30,7 @@ class Skips:
     size: pairs in an epoch. path: the file of lines, {"step", "epoch", "shard", "key", "reason"}; None on a process
         that does not write it.
 
+    failed: why a line could not be written, on the process that writes them; else None.
     counts: by reason, since the start of the run. Every process that is told the same has the same counts.
     """
 
@@ -40,6 +41,7 @@ class Skips:
         self.recent: deque[int] = deque(maxlen=self.steps)  # pairs that each of the latest steps left out
         self.usable = False  # whether any pair was, so far
         self._bytes = 0  # of the lines that are counted
+        self.failed: str | None = None  # why a line could not be written
 
     def add(self, step: int, rejected: Sequence[Rejection]) -> None:
         """Count what step number `step` (from 1) leaves out, over all processes, and write its lines.
@@ -48,10 +50,13 @@ class Skips:
             TooManySkips: the share of the latest pairs is above the limit, or the first of them gave no pair at all.
                 The lines are written, the counts are those before.
         """
-        if self.path is not None and rejected:
-            with self.path.open("a", encoding="utf-8") as file:
-                # a key may hold bytes that are no UTF-8; JSON's escapes keep them
-                file.writelines(json.dumps({"step": step, **one._asdict()}) + "\n" for one in rejected)
+        try:
+            if self.path is not None and rejected and self.failed is None:
+                with self.path.open("a", encoding="utf-8") as file:
+                    # a key may hold bytes that are no UTF-8; JSON's escapes keep them
+                    file.writelines(json.dumps({"step": step, **one._asdict()}) + "\n" for one in rejected)
+        except OSError as fault:  # on this process alone: all stop together at the next step, see the trainer
+            self.failed = f"{self.path}: {fault.strerror}; make room and go on with --resume"
         recent = deque([*self.recent, len(rejected)], maxlen=self.steps)
         bad, seen = sum(recent), len(recent) * self.global_batch
         nothing = not self.usable and bad == seen and len(recent) == self.steps
@@ -59,7 +64,7 @@ class Skips:
             raise TooManySkips(self._message(step, bad, seen, rejected))
         self.recent, self.usable = recent, self.usable or len(rejected) < self.global_batch
         self.counts.update(one.reason for one in rejected)
-        if self.path is not None and rejected:
+        if self.path is not None and rejected and self.failed is None:
             self._bytes = self.path.stat().st_size
 
     def _message(self, step: int, bad: int, seen: int, rejected: Sequence[Rejection]) -> str:
@@ -100,6 +105,6 @@ def check_share(rejected: dict[str, int], good: int, limit: float, where: str) -
         counted = ", ".join(f"{reason}: {count:,}" for reason, count in Counter(rejected).most_common())
         raise TooManySkips(
             f"data.max_skip_rate: {limit:g} is passed before the first step: {bad:,} of {good + bad:,} samples in "
-            f"{where} ({bad / (good + bad):.1%}) are no pairs ({counted}); `contrastive check {where}` lists them. "
+            f"{where} ({bad / (good + bad):.1%}) are no pairs ({counted}); `index.json` beside the shards names each. "
             "Mend the shards, or raise data.max_skip_rate"
         )

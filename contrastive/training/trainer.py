@@ -158,7 +158,7 @@ class Trainer:
         Raises:
             UserError: see `fit`; a rank whose own loader raised `fault` raises that.
         """
-        failed = None if fault is None else str(fault) or type(fault).__name__
+        failed = self.skips.failed if fault is None else str(fault) or type(fault).__name__
         own = (stop, [] if batch is None else batch.rejected, failed)
         everyones = [own]
         if self.accelerator.num_processes > 1:

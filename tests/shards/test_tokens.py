@@ -1,5 +1,7 @@
 """The cache of tokens against the tokenizers themselves."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -32,9 +34,9 @@ def fixed_width(texts: list[str]) -> torch.Tensor:
     return torch.tensor([[ord(c) for c in text] + [0] * (12 - len(text)) for text in texts])
 
 
-@pytest.mark.parametrize(("tokenize", "pad"), [(ends_in_pad, 9), (fixed_width, 0)])
-def test_tokenizers_of_other_habits(tokenize, pad: int) -> None:  # noqa: ANN001
-    cache = TokenCache(tokenize, pad)
+@pytest.mark.parametrize(("tokenize", "pad", "width"), [(ends_in_pad, 9, None), (fixed_width, 0, 12)])
+def test_tokenizers_of_other_habits(tokenize: Any, pad: int, width: int | None) -> None:
+    cache = TokenCache(tokenize, pad, width=width)
     for batch in (["abc", "d"], ["d"], ["efghij", "abc"], ["abc"]):
         torch.testing.assert_close(cache(batch), tokenize(batch), rtol=0, atol=0)
 

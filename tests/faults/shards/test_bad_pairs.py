@@ -125,3 +125,10 @@ def test_the_tables_are_mapped_not_read(tmp_path: Path) -> None:
     while isinstance(ids, np.ndarray) and not isinstance(ids, np.memmap):
         ids = ids.base
     assert isinstance(ids, np.memmap)
+
+
+def test_variants_that_no_tokenizer_can_take_are_passed_over(tmp_path: Path) -> None:
+    captions = [b'"half a pair \\ud800"', b'"' + b"x" * 70_000 + b'"', b'"good"']
+    meta = b'{"captions": [' + b", ".join(captions) + b"]}"
+    write_tar(tmp_path / "x.tar", [("a.png", image()), ("a.txt", b"text"), ("a.json", meta)])
+    assert open_index(tmp_path).variants(0) == ("good",)
