@@ -129,7 +129,11 @@ def test_ctrl_c_ends_every_process_and_a_new_run_goes_on(tmp_path: Path) -> None
     """In a process group of its own, as a terminal would send it."""
     command = [sys.executable, "-m", "contrastive", "shard", str(VAL), str(tmp_path / "out"), "--workers", "2"]
     command += ["--samples-per-shard", "2", "--resize", "20"]
-    child = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    # a shell that starts the tests in the background has them ignore Ctrl-C, and what they start too
+    child = subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.unfinished/parts/*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)

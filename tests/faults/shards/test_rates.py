@@ -87,7 +87,7 @@ def test_what_indexing_left_out_counts_before_the_first_step(limit: float, refus
         check_share(rejected, 90, limit, "data/mine")
         return
     with pytest.raises(
-        TooManySkips, match=r"6 of 96 samples in data/mine \(6.2%\) .*no caption: 4, no image: 2.*check"
+        TooManySkips, match=r"6 of 96 samples in data/mine \(6.2%\) .*no caption: 4, no image: 2.*index.json"
     ):
         check_share(rejected, 90, limit, "data/mine")
 
