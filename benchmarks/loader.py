@@ -12,8 +12,9 @@ its shuffle buffer of 5,000 samples.
 
 The systems take turns, each in a process of its own. Of a turn, the batches that were ready before it do not count;
 the median of the rounds does. "worker MiB": the peak resident set of the worker process (private memory in brackets).
-"of limit": samples a second over those of libjpeg-turbo alone (simplejpeg) on the same bytes at the scale that the
-loader decodes, in one process without anything else, measured in turns too. Keep the machine idle otherwise.
+"of the limit": samples a second over those of libjpeg-turbo alone (`simplejpeg.decode_jpeg`) on the same bytes at the
+scale that the loader decodes, in one process without anything else, measured in turns too. Keep the machine idle
+otherwise.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def main() -> None:
 
 def compare(case: str, shards: Path, rounds: int, batches: int) -> dict[str, Any]:
     """All systems of a case in turns; prints the table."""
-    systems = [*SYSTEMS[case], *([LIMITS["exact"], LIMITS["fast"]] if case == "photographs" else [])]
+    systems = [*SYSTEMS[case], *(LIMITS.values() if case == "photographs" else [])]
     servers = {system: start(system, shards, CASES[case]) for system in systems}
     rates: dict[str, list[float]] = {system: [] for system in systems}
     for turn in range(rounds + 1):
@@ -186,7 +187,7 @@ def our_batches(shards: Path, size: int, decode: str) -> Iterator[int]:
 
 
 def decoded(shards: Path, size: int, scaled: bool) -> Iterator[int]:
-    """libjpeg-turbo alone, in this process: the bytes are in memory already."""
+    """libjpeg-turbo alone, in this process: the bytes are in memory already, and so are the pages of the pixels."""
     import simplejpeg
 
     from contrastive.shards import Augment, open_index
@@ -204,10 +205,10 @@ def decoded(shards: Path, size: int, scaled: bool) -> Iterator[int]:
         _, _, crop_width, crop_height = crop_of(width, height, Augment(crop=(0.9, 1.0)), u)
         factor = max(power for power in (1, 2, 4, 8) if power == 1 or power <= min(crop_width, crop_height) / size)
         least.append({"min_height": height // factor, "min_width": width // factor} if scaled and factor > 1 else {})
-    at = 0
+    at, pixels = 0, np.zeros(3 * 1000 * 1000, np.uint8)
     while True:
         for _ in range(BATCH):
-            simplejpeg.decode_jpeg(images[at], "RGB", **least[at])
+            simplejpeg.decode_jpeg(images[at], "RGB", buffer=pixels, **least[at])
             at = (at + 1) % len(images)
         yield BATCH
 

@@ -78,6 +78,7 @@ class PairLoader:
             "mean_fill": mean_fill,
         }
         self.identity: dict[str, Any] = {**self.place.identity, "transform": transform}
+        self._room = global_batch // world * image_size * image_size * 3  # bytes of a batch's pixels
         self._items = _Steps(self.mixture, self.place, tokenize, transform, augment, cache)
 
     def state(self, step: int) -> dict[str, Any]:
@@ -87,7 +88,7 @@ class PairLoader:
     def __iter__(self) -> Iterator[Batch]:
         steps = itertools.count(self.start_step) if self.steps is None else range(self.start_step, self.steps)
         if self.workers:
-            return from_workers(self._items, steps, self.workers, self.timeout)
+            return from_workers(self._items, steps, self.workers, self.timeout, self._room)
         return map(self._items.__getitem__, steps)
 
 
@@ -155,7 +156,7 @@ class _Steps:
                 pixels[row], first = self._pair(sample, u)
                 captions[row] = first if variant is None else variant
             except Rejected as fault:
-                captions[row] = ""
+                pixels[row], captions[row] = 0, ""
                 rejected.append(Rejection(int(epochs[row]), self.mixture.shard_of(sample), keys[row], fault.reason))
                 continue
             if variant is not None:

@@ -1,5 +1,6 @@
 """From the bytes of one sample's image to the pixels that a tower takes."""
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,16 @@ from PIL import Image
 from contrastive.images import square
 from contrastive.shards.augment import Augment, augment_pixels, crop_of
 from contrastive.shards.decode import decode_pixels
+
+SCRATCH = 12_000_000  # bytes that images are decoded into, one after another: 4 MP of RGB; larger ones get their own
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.pixels = np.empty(SCRATCH, np.uint8)
+
+
+_scratch = _Scratch()
 
 
 def render(
@@ -25,7 +36,9 @@ def render(
         _, _, crop_width, crop_height = (0, 0, width, height) if augment is None else crop_of(width, height, augment, u)
         return min(crop_width, crop_height) / size
 
-    return render_pixels(decode_pixels(data, shrink if decode == "fast" else None), size, augment, u, fill)
+    decoded = decode_pixels(data, shrink if decode == "fast" else None, _scratch.pixels)
+    rendered = render_pixels(decoded, size, augment, u, fill)
+    return rendered.copy() if np.may_share_memory(rendered, _scratch.pixels) else rendered
 
 
 def render_pixels(

@@ -31,9 +31,11 @@ class TokenCache:
         new = list(dict.fromkeys(caption for caption in captions if caption not in self._known))
         rows = {caption: self._known[caption] for caption in captions if caption in self._known}
         if new:
-            for caption, row in zip(new, np.asarray(self.tokenize(new)), strict=True):
-                length = len(row) - int(np.argmax(row[::-1] != self.pad_id)) if (row != self.pad_id).any() else 0
-                rows[caption] = row[: length + self._closing].astype(np.int32)
+            found = np.asarray(self.tokenize(new)).astype(np.int32)
+            used = found != self.pad_id
+            lengths = np.where(used.any(1), used.shape[1] - used[:, ::-1].argmax(1), 0) + self._closing
+            for caption, row, length in zip(new, found, lengths.tolist(), strict=True):
+                rows[caption] = row[:length].copy()
             self._remember({caption: rows[caption] for caption in new})
         width = self.width or max((len(rows[caption]) for caption in captions), default=1) or 1
         tokens = np.full((len(captions), width), self.pad_id, np.int64)

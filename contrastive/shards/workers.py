@@ -6,15 +6,19 @@ with a timeout it looks for dead workers only when the timeout is over.
 """
 
 import atexit
+import io
 import math
 import os
+import pickle
 import signal
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing  # its pipes pass tensors in shared memory
 
@@ -29,15 +33,17 @@ class Items(Protocol):
     def __getitem__(self, number: int, /) -> Any: ...
 
 
-def from_workers(items: Items, numbers: Iterable[int], count: int, timeout: float) -> Iterator[Any]:
+def from_workers(items: Items, numbers: Iterable[int], count: int, timeout: float, room: int = 0) -> Iterator[Any]:
     """`items[number]` for each of the numbers, in their order, computed by `count` processes.
 
     The processes end with the iterator, or within seconds of this process, however that ends.
+    room: bytes that an item takes from `new_bytes`. Where they lie is used again as soon as nothing in this process
+    refers to the item's pixels any more: the pages of fresh memory cost more than filling them.
 
     Raises UserError with a worker's own text when it raised one; when a worker dies; when an item has not come after
     `timeout` seconds. Raises RuntimeError with the traceback of any other error of a worker.
     """
-    workers = [_Worker(items) for _ in range(count)]
+    workers = [_Worker(items, room) for _ in range(count)]
     remaining, asked = iter(numbers), deque[tuple[int, _Worker]]()
 
     def ask(worker: _Worker) -> None:
@@ -61,27 +67,69 @@ def from_workers(items: Items, numbers: Iterable[int], count: int, timeout: floa
 
 
 _in_worker = False
+_slot: torch.Tensor | None = None  # of the item that this worker computes
 
 
 def new_bytes(*shape: int) -> torch.Tensor:
-    """Zeros, uint8; in a worker they lie where the main process will see them, so that nothing is copied on the way."""
+    """uint8, filled with anything; in a worker it lies where the main process sees it: nothing is copied on the way."""
     if not _in_worker:
-        return torch.zeros(shape, dtype=torch.uint8)
+        return torch.empty(shape, dtype=torch.uint8)
+    if _slot is not None and math.prod(shape) == len(_slot):
+        return _slot.view(shape)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate does
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
+class _Lease:
+    """A slot while an item lies in it: what numpy and torch hold on to as long as there is a view of it."""
+
+    def __init__(self, number: int, slot: torch.Tensor, free: list[int]) -> None:
+        self.number, self.slot, self.free = number, slot, free
+        data = {"data": (slot.data_ptr(), False), "shape": tuple(slot.shape), "typestr": "|u1", "version": 3}
+        self.__array_interface__ = data
+
+    def __del__(self) -> None:
+        self.free.append(self.number)
+
+
+class _Pickler(ForkingPickler):
+    """Items on their way to the main process: of a tensor in the slot only the place is sent."""
+
+    def persistent_id(self, value: object) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
+        if _slot is None or not isinstance(value, torch.Tensor):
+            return None
+        if value.untyped_storage().data_ptr() != _slot.untyped_storage().data_ptr():
+            return None
+        return value.storage_offset(), tuple(value.shape), value.stride()
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, lease: _Lease | None) -> None:
+        super().__init__(io.BytesIO(data))
+        self.lease = lease
+
+    def persistent_load(self, place: tuple[int, tuple[int, ...], tuple[int, ...]]) -> torch.Tensor:
+        offset, shape, stride = place
+        return torch.from_numpy(np.asarray(self.lease)).as_strided(shape, stride, offset)
+
+
 class _Worker:
-    def __init__(self, items: Items) -> None:
+    def __init__(self, items: Items, room: int) -> None:
         self.pipe, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.Process(target=_work, args=(items, theirs), daemon=True)
+        # One in use and one that its user is about to let go, besides those that are ahead.
+        self.slots = [torch.empty(room, dtype=torch.uint8).share_memory_() for _ in range(AHEAD + 2 if room else 0)]
+        self.free, self.taken = list(range(len(self.slots))), deque[int | None]()
+        self.ended = False
+        self.process = multiprocessing.Process(target=_work, args=(items, theirs, self.slots), daemon=True)
         self.process.start()
         atexit.register(self.end)  # Python would end it by a signal that it ignores, and wait for ever
         theirs.close()  # only the worker holds it now, so that its death ends what we read
 
     def ask(self, number: int) -> None:
+        slot = self.free.pop() if self.free else None  # None: it takes new memory
+        self.taken.append(slot)
         try:
-            self.pipe.send(number)
+            self.pipe.send((number, slot))
         except OSError:
             pass  # it is dead, which `answer` tells
 
@@ -95,7 +143,10 @@ class _Worker:
         try:
             if self.pipe not in ready:
                 raise EOFError
-            item = self.pipe.recv()
+            data = self.pipe.recv_bytes()
+            slot = self.taken.popleft()
+            lease = None if slot is None else _Lease(slot, self.slots[slot], self.free)
+            item = _Unpickler(data, lease).load()
         except (EOFError, OSError):  # it died before it answered, or while it did
             self.process.join(5.0)  # its pipe may close a moment before it is over
             code = self.process.exitcode
@@ -109,6 +160,9 @@ class _Worker:
         return item
 
     def end(self) -> None:
+        if self.ended:  # at exit, and then once more as the iterator is collected, when modules are gone
+            return
+        self.ended = True
         atexit.unregister(self.end)
         self.process.kill()  # it holds nothing that must be written
         self.process.join()
@@ -120,9 +174,9 @@ class _Failure:
         self.text, self.mendable = text, mendable
 
 
-def _work(items: Items, pipe: Connection) -> None:
+def _work(items: Items, pipe: Connection, slots: list[torch.Tensor]) -> None:
     """The life of a worker: answer until nobody asks any more."""
-    global _in_worker
+    global _in_worker, _slot
     _in_worker = True
     torch.set_num_threads(1)  # the training step needs the cores
     os.nice(5)  # and goes first: on few cores a step waits for its slowest thread, and working ahead hides ours
@@ -136,9 +190,10 @@ def _work(items: Items, pipe: Connection) -> None:
         if pipe not in wait([pipe, parent.sentinel]):  # the main process was killed: nobody will end us
             return
         try:
-            number = pipe.recv()
+            number, slot = pipe.recv()
         except EOFError:
             return
+        _slot = None if slot is None else slots[slot]
         answer: Any
         try:
             answer = items[number]
@@ -146,7 +201,9 @@ def _work(items: Items, pipe: Connection) -> None:
             answer = _Failure(str(error), True)
         except Exception:
             answer = _Failure(traceback.format_exc(), False)
+        data = io.BytesIO()
+        _Pickler(data, pickle.HIGHEST_PROTOCOL).dump(answer)
         try:
-            pipe.send(answer)
+            pipe.send_bytes(data.getbuffer())
         except OSError:
             return

@@ -74,6 +74,22 @@ def test_fast_is_exact_where_nothing_can_be_saved(photograph: Image.Image) -> No
     assert np.array_equal(render(data, 300, CROP, u), render(data, 300, CROP, u, decode="fast"))
 
 
+def test_repeated_colours_are_hidden_by_what_shrinks_anyway(photograph: Image.Image) -> None:
+    data, u = jpeg(photograph), [0.5] * DRAWS
+    exact, fast = (render(data, 224, CROP, u, decode=how).astype(int) for how in ("exact", "fast"))
+    assert np.abs(exact - fast).mean() < 0.5 and np.abs(exact - fast).max() < 20
+
+
+def test_a_rendered_image_is_not_written_over_by_the_next(photograph: Image.Image) -> None:
+    data, u = jpeg(photograph), [0.5] * DRAWS
+    whole = Augment()
+    square = jpeg(photograph.crop((0, 0, 64, 64)))  # needs no resize: a view would do
+    first = render(square, 64, whole, u)
+    kept = first.copy()
+    render(data, 64, whole, u)
+    assert np.array_equal(first, kept)
+
+
 def test_the_evaluation_transform_of_fast_decoding_has_the_same_view(photograph: Image.Image) -> None:
     data, u = jpeg(photograph), [0.5] * DRAWS
     exact, fast = (render(data, 100, None, u, decode=how).astype(int) for how in ("exact", "fast"))

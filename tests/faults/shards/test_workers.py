@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from contrastive.shards.workers import from_workers
+from contrastive.shards.workers import AHEAD, from_workers, new_bytes
 from tests.distributed.spawn import run_ranks
 
 from .faulty import at_step, children, corpus_with, die, fail, run, sleep_for_ever, state
@@ -105,6 +107,41 @@ def test_items_come_in_order_from_all_workers(count: int) -> None:
     assert len({process for _, process in items}) == count
 
 
+class Pictures:
+    """Item i is 1,000 bytes that are all i, as a view."""
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        picture = new_bytes(10, 100)
+        picture.fill_(number)
+        return {"number": number, "picture": picture.T[1:]}
+
+
+@pytest.mark.parametrize("room", [0, 1000, 77])  # 77: of another size than what is asked for
+@pytest.mark.parametrize("kept", [0, 1, 9])
+def test_what_is_still_looked_at_is_not_written_over(kept: int, room: int) -> None:
+    held: deque[tuple[int, torch.Tensor]] = deque()
+    for item in from_workers(Pictures(), range(40), 2, timeout=10, room=room):
+        held.append((item["number"], item["picture"][3:]))  # a view of a view: the item itself is let go
+        del item
+        if len(held) > kept:
+            held.popleft()
+        time.sleep(0.002)  # for a worker to write what it should not
+        assert all((picture == number).all() for number, picture in held)
+
+
+def test_memory_that_is_let_go_is_used_again() -> None:
+    stream = from_workers(Pictures(), range(40), 1, timeout=10, room=1000)
+    places = [item["picture"].data_ptr() for item in stream]
+    assert len(places) == 40 and len(set(places)) <= AHEAD + 2
+
+
+def test_what_is_kept_outlives_the_workers() -> None:
+    stream = from_workers(Pictures(), range(40), 2, timeout=10, room=1000)
+    held = [next(stream) for _ in range(3)]
+    stream.close()  # type: ignore[attr-defined]
+    assert all((item["picture"] == item["number"]).all() for item in held)
+
+
 def test_no_worker_outlives_the_iterator() -> None:
     before = children(os.getpid())
     stream = from_workers(Odd(), range(10**9), 3, timeout=10)
@@ -131,7 +168,8 @@ if sys.argv[1] == "killed":
 @pytest.mark.parametrize("end", ["killed", "over"])
 def test_workers_end_soon_behind_a_main_process(end: str) -> None:
     command = [sys.executable, "-c", ORPHANS, end]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert not done.stderr
     workers = [int(number) for number in done.stdout.split()]
     assert len(workers) == 2
     deadline = time.monotonic() + 15
