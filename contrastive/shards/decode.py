@@ -16,8 +16,8 @@ except ImportError:  # the extra `fast`; Pillow does the same, slower
     simplejpeg = None
 
 MAX_PIXELS = 25_000_000  # 25 MP: a 5000 × 5000 image is 75 MB of RGB
-# What is to become this much smaller has a JPEG's colours repeated, not interpolated, where they are stored coarser than
-# its brightness: the resize averages them anyway. 0.3 grey levels, and at a reduced scale no difference at all.
+# What is to become this much smaller has a JPEG's colours repeated, not interpolated, where they are stored coarser
+# than its brightness: the resize averages them anyway. 0.3 grey levels, and at a reduced scale no difference at all.
 COARSE = 1.5
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Opened without Image.open, which looks at all formats and may warn of what `MAX_PIXELS` refuses anyway.
