@@ -90,7 +90,7 @@ class ShardIndex:
         if last - first > image_size + text_size + TOGETHER:
             return self.image(i), self.caption(i)
         data = self._bytes(int(self.shard[i]), last - first, first)
-        image = memoryview(data)[image_at - first : image_at - first + image_size]  # not copied once more
+        image = data[image_at - first : image_at - first + image_size]
         return image, _text(data[text_at - first : text_at - first + text_size])
 
     def captions(self) -> Iterator[str]:

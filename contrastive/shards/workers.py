@@ -100,7 +100,7 @@ class _Pickler(ForkingPickler):
             return None
         if value.untyped_storage().data_ptr() != _slot.untyped_storage().data_ptr():
             return None
-        return value.storage_offset(), tuple(value.shape), value.stride()
+        return int(value.storage_offset()), tuple(value.shape), value.stride()
 
 
 class _Unpickler(pickle.Unpickler):
