@@ -109,7 +109,7 @@ def probe_with_controls(
             rows_train, rows_test = _flat(rows_train, grey), _flat(rows_test, grey)
         probe = probes[name] = LinearProbe(C, seed=seed).fit(rows_train, train_labels)
         target = np.searchsorted(probe.classes_, test_labels)
-        ranks = class_ranks(probe.decision_function(rows_test), target)
+        ranks = class_ranks(probe.logits(rows_test), target)
         results[name] = accuracies(ranks, target, len(probe.classes_)) | _summary(probe)
     results["seconds"] = time.perf_counter() - started
     return ProbeOutcome(probes["model"], results, train_found.failures | test_found.failures)
