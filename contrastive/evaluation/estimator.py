@@ -76,7 +76,7 @@ def check_features(X: ArrayLike, name: str = "probe", rows: int = 1) -> NDArray[
         raise UserError(f"{name}: features must have shape (n, dim), got {features.shape}. Reshape your data")
     if features.shape[1] < 1:
         raise UserError(
-            f"{name}: 0 feature(s) (shape={features.shape}) while a minimum of 1 is required; pass features of some width"
+            f"{name}: 0 feature(s) (shape={features.shape}) while a minimum of 1 is required; pass wider features"
         )
     if len(features) < rows:
         raise UserError(

@@ -184,8 +184,9 @@ def minimise(batch: Batch, power_GR: Tensor | None, tolerance: float, max_iter: 
 def _preconditioner(batch: Batch, power_GR: Tensor | None) -> Tensor:
     """The inverse of the Hessian's diagonal: strength * mean p (1 - p) * power + penalty, (G, A, 1, P)."""
     groups, directions, _, problems = batch.point_GAKP.shape
-    if power_GR is None:
-        return torch.ones(groups, directions, 1, problems, dtype=batch.point_GAKP.dtype)
+    if power_GR is None:  # one number: a bound of the Hessian, so that the first step is not absurd
+        bound_GP = 1 + batch.strength * batch.features.square().sum(dim=(1, 2))[:, None] / 2
+        return (1 / bound_GP)[:, None, None].expand(groups, directions, 1, problems).contiguous()
     chance = torch.sigmoid(batch.logits) if batch.sigmoid else torch.softmax(batch.logits, dim=2)
     curvature_GP = (chance * (1 - chance)).mean(dim=(1, 2)).clamp_min(1e-6)
     samples = torch.full((groups, 1), float(batch.features.shape[1]))
@@ -216,9 +217,9 @@ def _direction(
 
 
 def _line_search(batch: Batch, direction: Tensor, along: Tensor, slope_GP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Step lengths, and residual and loss there. Only slopes are looked at: differences of objectives drown in rounding.
+    """Step lengths, and residual and loss there.
 
-    Accepts a slope from 0.9 of the first one to 0.5 of its opposite, the approximate Wolfe conditions of Hager and
+    Only slopes are looked at: differences of objectives drown in rounding. Accepts a slope from 0.9 of the first one to 0.5 of its opposite, the approximate Wolfe conditions of Hager and
     Zhang 2005; 0 where no try goes down.
     """
     low, low_slope = torch.zeros_like(slope_GP), slope_GP.clone()
@@ -227,11 +228,11 @@ def _line_search(batch: Batch, direction: Tensor, along: Tensor, slope_GP: Tenso
     penalised = batch.penalised
     first = _dot(batch.point_GAKP[:, :penalised], direction[:, :penalised])
     second = _dot(direction[:, :penalised], direction[:, :penalised])
-    residual = loss = None
+    residual = loss = torch.empty(0)
     pending = torch.arange(slope_GP.shape[1])
     accepted = torch.zeros_like(slope_GP, dtype=torch.bool)
-    for _ in range(TRIES):
-        whole = residual is None
+    for attempt in range(TRIES):
+        whole = attempt == 0
         tried = (
             batch.logits + along * step[:, None, None]
             if whole

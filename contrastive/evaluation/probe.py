@@ -16,7 +16,7 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 
 from contrastive.errors import UserError
 from contrastive.evaluation.estimator import Estimator, check_features, check_labels, not_fitted
-from contrastive.evaluation.softmax import Solutions, SoftmaxRegression
+from contrastive.evaluation.softmax import SoftmaxRegression, Solutions
 
 PRESETS = {
     # Radford et al. 2021, appendix A.3: 96 steps; theirs is a binary search with scikit-learn, ours solves all of them.
@@ -52,9 +52,9 @@ class LinearProbe(Estimator):
     Features are taken as they are: standardising them would change the optimum.
 
     Learned: `coef_ (classes, dim)`, `intercept_ (classes,)` (float64), `classes_` (column numbers with several labels
-    a sample), `C_`, `kkt_` (Euclidean norm of the objective's gradient at the solution), `n_features_in_`,
-    `multilabel_`, `metadata_`, `curve_`: one dict a strength in order of C, with C, accuracy, cross_entropy (means over
-    the validation samples) and iterations; empty when C is a number.
+    a sample), `C_`, `kkt_` (Euclidean norm of the objective's gradient at the solution), `n_iter_`, `n_features_in_`,
+    `multilabel_`, `metadata_`, and `curve_`: one dict a strength in order of C with C, accuracy, cross_entropy (means
+    over the validation samples) and iterations; empty when C is a number.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class LinearProbe(Estimator):
         assert isinstance(solution, Solutions)
         self.coef_, self.intercept_ = solution.coef_PKD[0], solution.intercept_PK[0]
         self.kkt_ = float(solution.kkt_P[0])
+        self.n_iter_ = max(1, int(solution.iterations_P[0]))  # 0 where the sweep had ended at the optimum
         return self
 
     @property

@@ -70,7 +70,8 @@ class SoftmaxRegression:
         offset: NDArray[np.floating] | None = None,
         free_intercept: bool = True,
     ) -> None:
-        features = torch.as_tensor(np.ascontiguousarray(features_GND), dtype=torch.float64)
+        # writable, or torch warns of what we do not do
+        features = torch.as_tensor(np.require(features_GND, requirements=("C", "W")), dtype=torch.float64)
         self.grouped = features.ndim == 3
         features_GND_ = features if self.grouped else features[None]
         self.target = torch.as_tensor(np.asarray(target), dtype=torch.int64)
@@ -156,7 +157,7 @@ class _Work:
         self.flops = 0.0
         self.weight: Tensor | None = None
         if weight is not None:
-            self.weight = torch.as_tensor(np.asarray(weight), dtype=torch.float64)
+            self.weight = torch.as_tensor(np.require(weight, requirements="W"), dtype=torch.float64)
             self.weight = (self.weight if self.weight.ndim == 3 else self.weight[None])[:, :, None]  # (G, N, 1, P)
 
     def start_from(self, coef_KD: Tensor, intercept_K: Tensor) -> None:

@@ -38,7 +38,9 @@ def test_the_anchored_probe_without_freedom_is_zero_shot():
     features, target, test, _, text = data()
     coef, intercept = anchored_path(features, target, 100 * features @ text, [1e-9])
     prior = 100 * test @ text
-    np.testing.assert_allclose(softmax(prior + test @ coef[0].T + intercept[0], axis=1), softmax(prior, axis=1), atol=1e-5)
+    np.testing.assert_allclose(
+        softmax(prior + test @ coef[0].T + intercept[0], axis=1), softmax(prior, axis=1), atol=1e-5
+    )
 
 
 def test_the_anchored_probe_with_freedom_forgets_the_text():
