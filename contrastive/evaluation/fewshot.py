@@ -145,7 +145,7 @@ def _regress(
         found = problem.solve(
             np.repeat(grid, folds).tolist(),
             weight=np.broadcast_to(kept_NP, (seeds, *kept_NP.shape)),
-            tolerance=1e-5,
+            tolerance=1e-4,
             polish=False,
         )
         assert isinstance(found, list)

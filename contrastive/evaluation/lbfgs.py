@@ -114,12 +114,16 @@ class Batch:
                 setattr(self, name, value[..., columns].contiguous())
 
 
-def minimise(batch: Batch, power_GR: Tensor | None, tolerance: float, max_iter: int) -> tuple[Tensor, Tensor]:
+def minimise(
+    batch: Batch, power_GR: Tensor | None, tolerance: float, max_iter: int, promise: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Move the problems of `batch` towards their optimum; `(iterations (G, P), done (P,))`. The batch keeps all.
 
     power_GR: sum of squares along each direction, for the diagonal preconditioner; None goes without.
-    A problem is done when half the decrease that its quasi-Newton step promises, g' H g / 2, is below `tolerance`
-    of its objective, or when rounding lets no step go down.
+    A problem is done when |g|^2 / 2, a bound of what is left above the optimum as the penalty's curvature is 1, is
+    below `tolerance` of its objective; or the decrease that its quasi-Newton step promises, g' H g / 2, is below
+    `promise` of it, which is sooner and may be a thousand times too hopeful; or rounding lets no step go down.
+    The unpenalised intercept enters the bound with its own curvature, by the preconditioner.
     """
     groups, _, _, problems = batch.point_GAKP.shape
     dtype = batch.point_GAKP.dtype
@@ -135,7 +139,12 @@ def minimise(batch: Batch, power_GR: Tensor | None, tolerance: float, max_iter: 
     for iteration in range(max_iter):
         direction = _direction(batch.gradient_GAKP, scale, steps, changes, inverse)
         slope_GP = _dot(batch.gradient_GAKP, direction)
-        finished_GP = (-slope_GP / 2 <= tolerance * batch.objective_GP.to(dtype)) | (failed_GP > 1)
+        objective_GP = batch.objective_GP.to(dtype)
+        gradient, penalised = batch.gradient_GAKP, batch.penalised
+        left_GP = gradient[:, :penalised].square().sum(dim=(1, 2))
+        left_GP += (gradient[:, penalised:].square() * scale[:, penalised:]).sum(dim=(1, 2))
+        finished_GP = (left_GP / 2 <= tolerance * objective_GP) | (failed_GP > 1)
+        finished_GP |= -slope_GP / 2 <= promise * objective_GP
         finished_P = finished_GP.all(dim=0)
         if finished_P.any():
             final[..., ids[finished_P]] = batch.point_GAKP[..., finished_P]
@@ -217,10 +226,10 @@ def _direction(
 
 
 def _line_search(batch: Batch, direction: Tensor, along: Tensor, slope_GP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Step lengths, and residual and loss there.
+    """Step lengths, and residual and loss there; 0 where no try goes down.
 
-    Only slopes are looked at: differences of objectives drown in rounding. Accepts a slope from 0.9 of the first one to 0.5 of its opposite, the approximate Wolfe conditions of Hager and
-    Zhang 2005; 0 where no try goes down.
+    Only slopes are looked at: differences of objectives drown in rounding. Accepted is a slope from 0.9 of the first
+    one to 0.5 of its opposite, the approximate Wolfe conditions of Hager and Zhang 2005.
     """
     low, low_slope = torch.zeros_like(slope_GP), slope_GP.clone()
     high, high_slope = torch.full_like(slope_GP, torch.inf), torch.zeros_like(slope_GP)

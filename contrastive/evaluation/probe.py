@@ -26,7 +26,7 @@ PRESETS = {
 }
 COARSE = tuple(10.0**power for power in range(-4, 7, 2))  # of "default"
 FINE_STEPS = (1.0, 0.5, 0.25)  # of a factor of ten: the ladder ends at a factor of 1.8
-SWEEP_TOLERANCE = 1e-5  # enough to rank strengths; the refit goes on to `tol`
+SWEEP_TOLERANCE = 1e-4  # enough to rank strengths; the refit goes on to `tol`
 
 
 class LinearProbe(Estimator):
@@ -46,7 +46,7 @@ class LinearProbe(Estimator):
         Afterwards the probe is fitted again to all of them. The better accuracy wins, at a tie the smaller
         cross-entropy; with several labels a sample the smaller cross-entropy alone.
     seed: of that split.
-    tol: a fit ends when a further step would lower the objective by less than this share of it.
+    tol: the fit ends when its gradient bounds what is left above the optimum by this share of the objective.
     max_iter: of L-BFGS, in each of its two precisions.
 
     Features are taken as they are: standardising them would change the optimum.
@@ -63,7 +63,7 @@ class LinearProbe(Estimator):
         *,
         validation: float = 0.15,
         seed: int = 0,
-        tol: float = 1e-8,
+        tol: float = 1e-7,
         max_iter: int = 2000,
     ) -> None:
         self.C, self.validation, self.seed, self.tol, self.max_iter = C, validation, seed, tol, max_iter

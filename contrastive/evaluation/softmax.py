@@ -34,6 +34,7 @@ Array = NDArray[np.float64]
 ROUNDS = (12, 30, 60)  # iterations before the features are rotated again; the last one repeats
 TOGETHER = 16  # problems that share a weighted rotation: neighbours in strength
 UNCERTAIN = 0.6  # share of the samples that the uncertainty rests on, below which a rotation pays
+PROMISE = 1e-8  # of a step in float32, below which float64 takes over
 MOST = 4e7  # logits held at a time: 160 MB in float32
 
 
@@ -115,10 +116,10 @@ class SoftmaxRegression:
     ) -> Solutions | list[Solutions]:
         """The optimum of each of `strengths`; with G groups a list of G.
 
-        tolerance: a problem is done when a Newton step would lower its objective by less than this share of it, as
-        the solver sees it.  weight: of the samples, (N, P) or (G, N, P), 0 leaves one out (a fold).
+        tolerance: a problem is done when the norm of its gradient bounds what is left above the optimum by this share
+        of the objective: |g|^2 / 2, as the penalty alone has curvature 1.  weight: of the samples, (N, P) or (G, N, P), 0 leaves one out (a fold).
         start: `(coef (K, D), intercept (K,))` to start all of them from.
-        polish: go on in float64 when float32 is done. Without, float32 ends at a relative gap near 1e-6.
+        polish: go on in float64 when float32 is done. Without, a gap below 1e-6 is not promised.
         precondition, coarse_to_fine: False for comparison.
         """
         strength_P = torch.as_tensor([float(c) for c in strengths], dtype=torch.float64)
@@ -128,7 +129,7 @@ class SoftmaxRegression:
         precisions = (torch.float32, torch.float64) if polish else (torch.float32,)
         for dtype in precisions:
             rough = dtype == torch.float32
-            wanted = max(tolerance, 1e-7) if rough else tolerance
+            promise = PROMISE if rough else 0.0
             levels = (
                 _levels(strength_P) if rough and coarse_to_fine and weight is None else [torch.arange(len(strength_P))]
             )
@@ -138,7 +139,7 @@ class SoftmaxRegression:
                     work.interpolate(level, torch.as_tensor(done))
                 width = max(1, int(MOST / (self.rotated_GNR.shape[1] * self.classes * len(self.rotated_GNR))))
                 for part in level.split(width):
-                    work.run(part, wanted, max_iter, dtype)
+                    work.run(part, tolerance, promise, max_iter, dtype)
                 done += level.tolist()
         found = work.solutions()
         return found if self.grouped else found[0]
@@ -185,7 +186,7 @@ class _Work:
                         share[i] *= (place[p] - x[j]) / (x[i] - x[j])
             self.point_GAKP[..., p] = self.point_GAKP[..., near] @ share
 
-    def run(self, columns: Tensor, tolerance: float, max_iter: int, dtype: torch.dtype) -> None:
+    def run(self, columns: Tensor, tolerance: float, promise: float, max_iter: int, dtype: torch.dtype) -> None:
         """Move problems `columns` to their optimum: rounds of L-BFGS, each on features rotated for what is left."""
         problem = self.problem
         mean_GR = torch.zeros_like(problem.power_GR)  # of the current coordinates, in those of `problem`
@@ -210,7 +211,7 @@ class _Work:
             )
             power = power_GR * share if self.precondition else None
             rounds = min(ROUNDS[min(spent, len(ROUNDS) - 1)] if self.precondition else max_iter, max_iter)
-            count_GP, done_P = minimise(batch, power, tolerance, rounds)
+            count_GP, done_P = minimise(batch, power, tolerance, rounds, promise)
             spent += 1
             self.flops += batch.flops
             self.iterations_GP[:, left] += count_GP
@@ -223,7 +224,7 @@ class _Work:
             order = left[self.strength_P[left].argsort()]
             if len(order) > TOGETHER:
                 for part in order.tensor_split(-(-len(order) // TOGETHER)):
-                    self.run(part, tolerance, max_iter, dtype)
+                    self.run(part, tolerance, promise, max_iter, dtype)
                 return
             left = order
             weight_N, uncertain = self._uncertainty(left)
