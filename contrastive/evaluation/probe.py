@@ -47,7 +47,7 @@ class LinearProbe(Estimator):
         cross-entropy; with several labels a sample the smaller cross-entropy alone.
     seed: of that split.
     tol: the fit ends when its gradient bounds what is left above the optimum by this share of the objective.
-    max_iter: of L-BFGS, in each of its two precisions.
+    max_iter: iterations of L-BFGS; a fit that ends there warns that it is short of `tol`.
 
     Features are taken as they are: standardising them would change the optimum.
 
@@ -64,7 +64,7 @@ class LinearProbe(Estimator):
         validation: float = 0.15,
         seed: int = 0,
         tol: float = 1e-7,
-        max_iter: int = 2000,
+        max_iter: int = 10_000,
     ) -> None:
         self.C, self.validation, self.seed, self.tol, self.max_iter = C, validation, seed, tol, max_iter
 
@@ -99,6 +99,13 @@ class LinearProbe(Estimator):
         assert isinstance(solution, Solutions)
         self.coef_, self.intercept_ = solution.coef_PKD[0], solution.intercept_PK[0]
         self.kkt_ = float(solution.kkt_P[0])
+        if solution.iterations_P[0] >= self.max_iter:
+            gap = self.kkt_**2 / 2 / float(solution.objective_P[0])
+            warnings.warn(
+                f"probe: max_iter: {self.max_iter} iterations end within {gap:.1g} of the optimum at C = {self.C_:.3g}, "
+                f"short of tol {self.tol:g}; raise max_iter or lower C",
+                stacklevel=2,
+            )
         self.n_iter_ = max(1, int(solution.iterations_P[0]))  # 0 where the sweep had ended at the optimum
         return self
 

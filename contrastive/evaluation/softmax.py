@@ -107,7 +107,7 @@ class SoftmaxRegression:
         strengths: Sequence[float],
         *,
         tolerance: float = 1e-8,
-        max_iter: int = 2000,
+        max_iter: int = 10_000,
         weight: NDArray[np.floating] | None = None,
         start: tuple[Array, Array] | None = None,
         polish: bool = True,
@@ -217,7 +217,8 @@ class _Work:
             self.iterations_GP[:, left] += count_GP
             self._turn_back(left, batch.point_GAKP.double(), mean_GR, turn_GRR)
             left = left[~done_P]
-            if not len(left) or int(self.iterations_GP[:, left].amax()) >= max_iter:
+            left = left[self.iterations_GP[:, left].amax(dim=0) < max_iter]
+            if not len(left):
                 return
             if not self.precondition or len(problem.rotated_GNR) > 1:
                 continue

@@ -187,6 +187,11 @@ def test_a_best_strength_at_the_border_is_warned_of():
         LinearProbe([1e-12, 1e-9]).fit(features[:300], target[:300])
 
 
+def test_a_fit_that_ends_early_says_so():
+    with pytest.warns(UserWarning, match="3 iterations end within"):
+        LinearProbe(1.0, max_iter=3).fit(*problem())
+
+
 def test_an_unknown_preset_is_told():
     with pytest.raises(UserError, match="'clap' is unknown; use clip, dinov2, default"):
         LinearProbe("clap").fit(*problem())
