@@ -7,11 +7,12 @@ them: they cost no tower and are as ill-conditioned as a tower's), and 100 made 
 Sweeps: `clip`, 96 strengths from 1e-6 to 1e6, and `dinov2`, 45 from 1e-6 to 1e5; all of ours, solved together.
 
 scikit-learn fits one strength after the other; of its strengths every `--every`-th is fitted, in float32 and starting
-from the one before (warm), and its time is that of all of them, by interpolation. "default": its own tol 1e-4 and 100
-iterations. "same gap": the loosest of a ladder of tolerances with which it comes as close to the optimum as ours, per
-strength; only the time of that fit counts, not the search for it. A gap is (objective - optimum) / optimum in float64; the optimum is
-ours at tolerance 1e-10. `--limit` seconds end a fit of scikit-learn's that does not get there; then its time is a
-lower bound, and so is the ratio. The two take turns strength by strength. Keep the machine idle otherwise.
+from the one before (less near than the neighbour would be), and its time is that of all of them, by interpolation.
+"default": its own tol 1e-4 and 100 iterations. "same gap": the loosest of a ladder of tolerances with which it comes as
+close to the optimum as ours, per strength (or to 1e-6); only the time of that fit counts, not the search for it. A gap
+is (objective - optimum) / optimum in float64; the optimum is ours at tolerance 1e-7 of the bound. `--limit` seconds end
+a fit of scikit-learn's that does not get there; then its time is a lower bound, and so is the ratio. The two take turns
+set by set and, within scikit-learn, strength by strength. Keep the machine idle otherwise.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
 from contrastive.evaluation.probe import PRESETS
-from contrastive.evaluation.softmax import Solutions, SoftmaxRegression
+from contrastive.evaluation.softmax import SoftmaxRegression, Solutions
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "probe.json"
@@ -80,8 +81,8 @@ def compare(
     ours = solve(problem, strengths, arguments.tolerance)
     seconds = time.perf_counter() - started
     chosen = list(range(0, len(strengths), arguments.every))
-    exact = solve(problem, [strengths[p] for p in chosen], 1e-10, polish=True)
-    plain = solve(problem, [strengths[p] for p in chosen], arguments.tolerance, precondition=False, max_iter=2000)
+    exact = solve(problem, [strengths[p] for p in chosen], 1e-7, polish=True, max_iter=3000)
+    plain = solve(problem, [strengths[p] for p in chosen], arguments.tolerance, precondition=False, max_iter=1000)
     few = solve(problem, [strengths[p] for p in chosen], arguments.tolerance)
     entries = []
     model: dict[str, LogisticRegression] = {}

@@ -102,7 +102,7 @@ class LinearProbe(Estimator):
         if solution.iterations_P[0] >= self.max_iter:
             gap = self.kkt_**2 / 2 / float(solution.objective_P[0])
             warnings.warn(
-                f"probe: max_iter: {self.max_iter} iterations end within {gap:.1g} of the optimum at C = {self.C_:.3g}, "
+                f"probe: max_iter: {self.max_iter} iterations end within {gap:.1g} of the optimum, C = {self.C_:.3g}, "
                 f"short of tol {self.tol:g}; raise max_iter or lower C",
                 stacklevel=2,
             )

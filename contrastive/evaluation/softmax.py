@@ -117,7 +117,8 @@ class SoftmaxRegression:
         """The optimum of each of `strengths`; with G groups a list of G.
 
         tolerance: a problem is done when the norm of its gradient bounds what is left above the optimum by this share
-        of the objective: |g|^2 / 2, as the penalty alone has curvature 1.  weight: of the samples, (N, P) or (G, N, P), 0 leaves one out (a fold).
+        of the objective: |g|^2 / 2, as the penalty alone has curvature 1.
+        weight: of the samples, (N, P) or (G, N, P), 0 leaves one out (a fold).
         start: `(coef (K, D), intercept (K,))` to start all of them from.
         polish: go on in float64 when float32 is done. Without, a gap below 1e-6 is not promised.
         precondition, coarse_to_fine: False for comparison.
