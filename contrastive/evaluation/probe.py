@@ -144,7 +144,8 @@ class LinearProbe(Estimator):
 
     def score(self, X: ArrayLike, y: ArrayLike) -> float:
         """Share of the rows whose predicted class is `y`; with several labels, of the rows that are right in all."""
-        right = self.predict(X) == np.asarray(y).reshape(self.predict(X).shape)
+        predicted = self.predict(X)
+        right = predicted == np.asarray(y).reshape(predicted.shape)
         return float((right.all(axis=1) if self.multilabel_ else right).mean())
 
     def save(self, path: str | Path, **metadata: Any) -> None:
