@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("output", help="the probe file to write (.safetensors)")
     fit.add_argument("--test", metavar="DATA", help="measure on this labelled set, beside the controls")
     fit.add_argument("--label", metavar="COL", help="column of the label (default: guessed)")
-    fit.add_argument("--C", metavar="C", help="strength, or several with commas (default: a sweep)")
+    fit.add_argument("--C", metavar="C", help="strength, several with commas, clip, dinov2 or default (default)")
+    fit.add_argument("--partial", metavar="SHARES", help="also fit to parts of the training set: 0.01,0.1,1")
     fit.add_argument("--features", choices=("tower", "projected"), default="tower", help="default: tower")
     fit.add_argument("--invert", action="store_true", help="turn the images into their negatives first")
     fit.add_argument("--seed", type=int, default=0, help="of the validation split (default: 0)")
@@ -55,6 +56,7 @@ def _fit(args: argparse.Namespace) -> int:
         args.test,
         lambda: reinitialised(model, args.seed),
         C=_strengths(args.C),
+        partial=_shares(args.partial),
         features=args.features,
         label=args.label,
         invert=args.invert,
@@ -73,7 +75,10 @@ def _fit(args: argparse.Namespace) -> int:
     measured = f"{results['test_size']:,} test images" if args.test else "not measured: there is no --test DATA"
     print(f"{results['train_size']:,} training images, {results['classes']} classes; {measured}")
     rows = [_row(title, results[name]) for name, title in TITLES.items() if name in results]
+    rows += [_row(f"the model, {100 * r['share']:g} % ({r['samples']:,})", r) for r in results.get("partial", ())]
     write_rows(rows, "table")
+    if "majority" in results:
+        print(f"always the commonest class: {100 * results['majority']['value']:.1f} %")
     for key, reason in outcome.failures.items():
         print(f"left out {key}: {reason}")
     print(f"saved {args.output}")
@@ -95,16 +100,24 @@ def _row(title: str, result: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _strengths(text: str | None) -> float | list[float] | None:
+def _strengths(text: str | None) -> float | list[float] | str | None:
+    if text is None or text in ("clip", "dinov2", "default"):
+        return text
+    numbers = _numbers("--C", text, "a number, several separated by commas, clip, dinov2 or default")
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _shares(text: str | None) -> list[float]:
+    return [] if text is None else _numbers("--partial", text, "shares of the training set such as 0.01,0.1,1")
+
+
+def _numbers(option: str, text: str, wanted: str) -> list[float]:
     from contrastive.errors import UserError
 
-    if text is None:
-        return None
     try:
-        numbers = [float(part) for part in text.split(",")]
+        return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--C {text}: give a number, or several separated by commas") from None
-    return numbers[0] if len(numbers) == 1 else numbers
+        raise UserError(f"{option} {text}: give {wanted}") from None
 
 
 def _predict(args: argparse.Namespace) -> int:

@@ -2,6 +2,8 @@
 
 from contrastive.evaluation.controls import ProbeOutcome, probe_with_controls
 from contrastive.evaluation.embed import Embeddings, embed, embed_texts
+from contrastive.evaluation.fewshot import few_shot
+from contrastive.evaluation.knn import knn_sweep
 from contrastive.evaluation.labelled import open_labelled
 from contrastive.evaluation.probe import LinearProbe
 from contrastive.evaluation.report import write_report
@@ -21,7 +23,9 @@ __all__ = [
     "embed_texts",
     "evaluate_labelled",
     "evaluate_pairs",
+    "few_shot",
     "format_results_table",
+    "knn_sweep",
     "open_labelled",
     "probe_with_controls",
     "read_templates",

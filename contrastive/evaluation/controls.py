@@ -44,7 +44,8 @@ def probe_with_controls(
     test: Images | None,
     random_model: Callable[[], Model] | None = None,
     *,
-    C: float | Sequence[float] | None = None,
+    C: float | Sequence[float] | str | None = None,
+    partial: Sequence[float] = (),
     features: str = "tower",
     label: str | None = None,
     invert: bool = False,
@@ -60,19 +61,26 @@ def probe_with_controls(
     Args:
         train, test: labelled sources. With test = None only the model's probe is fitted and nothing is
         measured. random_model: makes the same architecture with fresh weights; None leaves that control out.
-        C, seed: see `LinearProbe`.  features: "tower" (before the projection) or "projected".
+        C, seed: see `LinearProbe`.  partial: shares of the training set, such as (0.01, 0.1, 1.0), to fit the
+        model's probe to as well; each is a part of the next larger, drawn class by class, at least two samples of a
+        class that has them.  features: "tower" (before the projection) or "projected".
         label, invert, batch_size, dtype, progress: see `open_labelled` and `embed`.
 
     Returns:
         results: `{"model", "random", "pixels"}`, each
-        `{"top1", "top5", "mean_per_class", "C", "width", "validation_curve"}`, and
-        `{"train_size", "test_size", "classes", "seconds", "features"}`. Pixels are the centre square at its
+        `{"top1", "top5", "mean_per_class", "C", "kkt", "width", "validation_curve", "border"}`
+        (border: the best strength is the first or last of those tried), and
+        `{"train_size", "test_size", "classes", "seconds", "features"}`, and with `partial`
+        `"partial"`: one `{"share", "samples", "top1", "top5", "mean_per_class", "C", …}` a share. `"majority"`:
+        `{"value"}`, the share of test images in the commonest training class. Pixels are the centre square at its
         own size, at most 32 x 32, in one channel when all of them are grey, from 0 to 1.
 
     Raises:
         UserError: no labels, fewer than two classes, a test label that the training set lacks.
     """
     started = time.perf_counter()
+    if partial and test is None:
+        raise UserError("partial: shares of the training set are compared on a test set; name one, or leave it out")
     if features not in ("projected", "tower"):
         raise UserError(f"features: '{features}' is unknown; use tower or projected")
     functions: dict[str, Callable[[list[Image.Image]], NDArray[Any]]] = {"model": _features(model, features)}
@@ -108,9 +116,15 @@ def probe_with_controls(
         if name == "pixels":
             rows_train, rows_test = _flat(rows_train, grey), _flat(rows_test, grey)
         probe = probes[name] = LinearProbe(C, seed=seed).fit(rows_train, train_labels)
-        target = np.searchsorted(probe.classes_, test_labels)
-        ranks = class_ranks(probe.decision_function(rows_test), target)
-        results[name] = accuracies(ranks, target, len(probe.classes_)) | _summary(probe)
+        results[name] = _measure(probe, rows_test, test_labels)
+        if name == "model" and partial:
+            results["partial"] = [
+                {"share": part, "samples": len(rows)}
+                | _measure(LinearProbe(C, seed=seed).fit(rows_train[rows], train_labels[rows]), rows_test, test_labels)
+                for part, rows in _parts(train_labels, partial, seed)
+            ]
+    names, counts = np.unique(train_labels, return_counts=True)
+    results["majority"] = {"value": float((test_labels == names[counts.argmax()]).mean())}
     results["seconds"] = time.perf_counter() - started
     return ProbeOutcome(probes["model"], results, train_found.failures | test_found.failures)
 
@@ -122,7 +136,32 @@ def _features(model: Model, kind: str) -> Callable[[list[Image.Image]], NDArray[
 
 
 def _summary(probe: LinearProbe) -> dict[str, Any]:
-    return {"C": probe.C_, "width": probe.coef_.shape[1], "validation_curve": probe.validation_curve_}
+    return {
+        "C": probe.C_,
+        "kkt": probe.kkt_,
+        "width": probe.coef_.shape[1],
+        "validation_curve": probe.validation_curve_,
+        "border": len(probe.curve_) > 1 and probe.C_ in (probe.curve_[0]["C"], probe.curve_[-1]["C"]),
+    }
+
+
+def _measure(probe: LinearProbe, rows: NDArray[Any], labels: NDArray[np.str_]) -> dict[str, Any]:
+    target = np.searchsorted(probe.classes_, labels)
+    ranks = class_ranks(probe.logits(rows), target)
+    return accuracies(ranks, target, len(probe.classes_)) | _summary(probe)
+
+
+def _parts(labels: NDArray[np.str_], shares: Sequence[float], seed: int) -> list[tuple[float, NDArray[np.int64]]]:
+    """Row numbers of each share: of every class its share, but two where there are two, so that C can be chosen."""
+    wrong = [share for share in shares if not 0 < share <= 1]
+    if wrong:
+        raise UserError(f"partial: {wrong[0]} is no share; give numbers above 0 and up to 1, such as 0.01, 0.1, 1")
+    random = np.random.default_rng(seed)
+    orders = [random.permutation(np.flatnonzero(labels == name)) for name in np.unique(labels)]
+    return [
+        (share, np.sort(np.concatenate([rows[: max(2, round(share * len(rows)))] for rows in orders])))
+        for share in sorted(shares)
+    ]
 
 
 class _Pixels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,95 +12,141 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from scipy.special import log_softmax, softmax
+from scipy.special import expit, log_expit, log_softmax, softmax
 
 from contrastive.errors import UserError
-from contrastive.evaluation.softmax import SoftmaxRegression
+from contrastive.evaluation.estimator import Estimator, check_features, check_labels, not_fitted
+from contrastive.evaluation.softmax import SoftmaxRegression, Solutions
 
-COARSE = tuple(10.0**power for power in range(-4, 7, 2))
+PRESETS = {
+    # Radford et al. 2021, appendix A.3: 96 steps; theirs is a binary search with scikit-learn, ours solves all of them.
+    "clip": tuple(float(c) for c in np.logspace(-6, 6, 96)),
+    # Oquab et al. 2024, DINOv2's eval/log_regression.py: C_POWER_RANGE = linspace(-6, 5, 45)
+    "dinov2": tuple(float(c) for c in np.logspace(-6, 5, 45)),
+}
+COARSE = tuple(10.0**power for power in range(-4, 7, 2))  # of "default"
 FINE_STEPS = (1.0, 0.5, 0.25)  # of a factor of ten: the ladder ends at a factor of 1.8
-SWEEP_TOLERANCE = 1e-5  # enough to rank strengths; the refit goes on to `tol`
+SWEEP_TOLERANCE = 1e-4  # enough to rank strengths; the refit goes on to `tol`
 
 
-class LinearProbe:
+class LinearProbe(Estimator):
     """Softmax regression on frozen features, the objective of scikit-learn's `LogisticRegression`.
 
     C * sum of cross-entropies + 1/2 |W|^2, the intercept free; the solution is the optimum itself, to `tol`.
     With two classes there are still two rows of weights, which equals scikit-learn's single one at 2 C.
+    Several labels a sample, y of 0 and 1 with shape (n, labels), are independent sigmoids (one-vs-rest).
 
-    C: a number; a sequence of numbers to choose among; or None, a sweep from 1e-4 to 1e6, first in steps of a
-        factor of 100, then halving the step around the best one down to a factor of 1.8. The coarse sweep stops
-        when both accuracy and cross-entropy get worse: larger C only fit the noise more closely, and slowly.
+    C: a number; a sequence of numbers to choose among; or a preset:
+        "clip": 96 strengths from 1e-6 to 1e6 (Radford et al. 2021). "dinov2": 45 from 1e-6 to 1e5 (Oquab et al. 2024).
+        "default", or None: from 1e-4 to 1e6, first in steps of a factor of 100, then halving the step around the
+        best one down to a factor of 1.8. The coarse sweep stops when both accuracy and cross-entropy get worse:
+        larger C only fit the noise more closely, and slowly.
+        A warning is given when the best strength is the smallest or the largest that was allowed.
     validation: share of the *training* samples, drawn class by class, that strengths are compared on.
-        Afterwards the probe is fitted again to all of them. The better accuracy wins, at a tie the stronger
-        penalty.
-    seed: of that split.  tol, max_iter: of the final fit.
+        Afterwards the probe is fitted again to all of them. The better accuracy wins, at a tie the smaller
+        cross-entropy; with several labels a sample the smaller cross-entropy alone.
+    seed: of that split.
+    tol: the fit ends when its gradient bounds what is left above the optimum by this share of the objective.
+    max_iter: iterations of L-BFGS; a fit that ends there warns that it is short of `tol`.
 
     Features are taken as they are: standardising them would change the optimum.
 
-    Learned: `coef_ (classes, dim)`, `intercept_ (classes,)` (float64), `classes_`, `C_`,
-    `validation_curve_` (list of `(C, accuracy)` in order of C; empty when C is a number), `metadata_`.
+    Learned: `coef_ (classes, dim)`, `intercept_ (classes,)` (float64), `classes_` (column numbers with several labels
+    a sample), `C_`, `kkt_` (Euclidean norm of the objective's gradient at the solution), `n_iter_`, `n_features_in_`,
+    `multilabel_`, `metadata_`, and `curve_`: one dict a strength in order of C with C, accuracy, cross_entropy (means
+    over the validation samples) and iterations; empty when C is a number.
     """
 
     def __init__(
         self,
-        C: float | Sequence[float] | None = None,
+        C: float | Sequence[float] | str | None = None,
         *,
         validation: float = 0.15,
         seed: int = 0,
-        tol: float = 1e-8,
-        max_iter: int = 1000,
+        tol: float = 1e-7,
+        max_iter: int = 10_000,
     ) -> None:
         self.C, self.validation, self.seed, self.tol, self.max_iter = C, validation, seed, tol, max_iter
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> LinearProbe:
-        """Fit to features X (n, dim) and labels y (n,), strings or integers.
+        """Fit to features X (n, dim) and labels y: (n,) strings or integers, or (n, labels) of 0 and 1.
 
         Raises `UserError` for non-finite features, fewer than two classes, a C that is not positive, or
         lengths that differ.
         """
-        features, labels = _features(X), np.asarray(y)
-        if len(features) != len(labels):
-            raise UserError(f"probe: {len(features)} feature rows but {len(labels)} labels")
-        self.classes_, target = np.unique(labels, return_inverse=True)
-        if len(self.classes_) < 2:
-            found = ", ".join(map(str, self.classes_)) or "none"
-            raise UserError(
-                f"probe: needs at least two classes, the training labels have {len(self.classes_)}: {found}"
-            )
-        self.metadata_: dict[str, Any] = {}
-        self.validation_curve_: list[tuple[float, float]] = []
-        if self.C is not None and np.ndim(self.C) == 0:
-            self.C_, near = _positive(float(self.C)), None  # type: ignore[arg-type]
+        features = check_features(X)
+        labels = check_labels(y, len(features))
+        self.multilabel_ = labels.ndim == 2
+        if self.multilabel_:
+            self.classes_, target = np.arange(labels.shape[1]), labels
         else:
-            self.C_, near = self._choose(features, target)
-        problem = SoftmaxRegression(features, target, len(self.classes_))
-        if near is not None:
-            problem.start_at(*near)
-        self.coef_, self.intercept_ = problem.solve(self.C_, tolerance=self.tol, max_iter=self.max_iter)
+            self.classes_, target = np.unique(labels, return_inverse=True)
+            if len(self.classes_) < 2:
+                found = ", ".join(map(str, self.classes_)) or "none"
+                classes = "1 class" if len(self.classes_) else "no class"
+                raise UserError(f"probe: needs at least two classes, the training labels have {classes}: {found}")
+        self.n_features_in_ = features.shape[1]
+        self.metadata_: dict[str, Any] = {}
+        self.curve_: list[dict[str, float]] = []
+        start = None
+        if self.C is None or isinstance(self.C, str) or np.ndim(self.C) > 0:
+            self.C_, start = self._choose(features, target)
+        else:
+            self.C_ = _positive(float(self.C))  # type: ignore[arg-type]
+        solution = self._problem(features, target).solve(
+            [self.C_], tolerance=self.tol, max_iter=self.max_iter, start=start
+        )
+        assert isinstance(solution, Solutions)
+        self.coef_, self.intercept_ = solution.coef_PKD[0], solution.intercept_PK[0]
+        self.kkt_ = float(solution.kkt_P[0])
+        if solution.iterations_P[0] >= self.max_iter:
+            gap = self.kkt_**2 / 2 / float(solution.objective_P[0])
+            warnings.warn(
+                f"probe: max_iter: {self.max_iter} iterations end within {gap:.1g} of the optimum, C = {self.C_:.3g}, "
+                f"short of tol {self.tol:g}; raise max_iter or lower C",
+                stacklevel=2,
+            )
+        self.n_iter_ = max(1, int(solution.iterations_P[0]))  # 0 where the sweep had ended at the optimum
         return self
 
-    def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Logits (n, classes). Raises `UserError` for another width than the probe was fitted to."""
-        features = _features(X)
+    @property
+    def validation_curve_(self) -> list[tuple[float, float]]:
+        """`curve_` as pairs (C, accuracy)."""
+        return [(entry["C"], entry["accuracy"]) for entry in self.curve_]
+
+    def logits(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Scores (n, classes), two columns for two classes. Raises `UserError` for another width than at the fit."""
+        if not hasattr(self, "coef_"):
+            raise not_fitted(type(self).__name__)
+        features = check_features(X)
         if features.shape[1] != self.coef_.shape[1]:
             raise UserError(
-                f"probe: features have width {features.shape[1]}, the probe was fitted to "
-                f"{self.coef_.shape[1]}; use the model and the kind of features that it was fitted with"
+                f"probe: X has {features.shape[1]} features, but {type(self).__name__} is expecting "
+                f"{self.coef_.shape[1]} features as input; use the model and the kind of features that it was "
+                "fitted with"
             )
         return features @ self.coef_.T + self.intercept_
 
+    def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
+        """As scikit-learn's: `logits`, but of two classes the difference (n,), positive for the second class."""
+        logits = self.logits(X)
+        return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 and not self.multilabel_ else logits
+
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Probabilities (n, classes), in the order of `classes_`."""
-        return softmax(self.decision_function(X), axis=1)
+        """Probabilities (n, classes), in the order of `classes_`; rows sum to 1 unless there are several labels."""
+        logits = self.logits(X)
+        return expit(logits) if self.multilabel_ else softmax(logits, axis=1)
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """The likeliest class of each row, (n,)."""
-        return self.classes_[self.decision_function(X).argmax(axis=1)]
+        """The likeliest class of each row, (n,); with several labels 0 or 1 of each, (n, labels)."""
+        logits = self.logits(X)
+        return (logits > 0).astype(np.int64) if self.multilabel_ else self.classes_[logits.argmax(axis=1)]
 
     def score(self, X: ArrayLike, y: ArrayLike) -> float:
-        """Share of the rows whose predicted class is `y`."""
-        return float((self.predict(X) == np.asarray(y)).mean())
+        """Share of the rows whose predicted class is `y`; with several labels, of the rows that are right in all."""
+        predicted = self.predict(X)
+        right = predicted == np.asarray(y).reshape(predicted.shape)
+        return float((right.all(axis=1) if self.multilabel_ else right).mean())
 
     def save(self, path: str | Path, **metadata: Any) -> None:
         """Write one safetensors file: weights, and a JSON header with classes, C, the curve and `metadata`.
@@ -107,10 +154,12 @@ class LinearProbe:
         metadata: what the user of the file must know, such as the model and the kind of features.
         """
         header = {
-            "format": "contrastive.LinearProbe/1",
+            "format": "contrastive.LinearProbe/2",
             "classes": self.classes_.tolist(),
             "C": self.C_,
-            "validation_curve": self.validation_curve_,
+            "kkt": self.kkt_,
+            "multilabel": self.multilabel_,
+            "curve": self.curve_,
             "metadata": self.metadata_ | metadata,
         }
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -134,80 +183,114 @@ class LinearProbe:
         probe = cls(C=header["C"])
         probe.coef_, probe.intercept_ = coef, intercept
         probe.classes_, probe.C_ = np.asarray(header["classes"]), header["C"]
-        probe.validation_curve_ = [(c, accuracy) for c, accuracy in header["validation_curve"]]
-        probe.metadata_ = header["metadata"]
+        # files of format 1 have only pairs (C, accuracy), one label a row, and no norm
+        pairs = [{"C": c, "accuracy": accuracy} for c, accuracy in header.get("validation_curve", ())]
+        probe.curve_ = header.get("curve", pairs)
+        probe.multilabel_, probe.kkt_ = header.get("multilabel", False), header.get("kkt", float("nan"))
+        probe.n_features_in_, probe.metadata_ = coef.shape[1], header["metadata"]
         return probe
+
+    def _problem(self, features: NDArray[Any], target: NDArray[np.int64]) -> SoftmaxRegression:
+        return SoftmaxRegression(features, target, None if self.multilabel_ else len(self.classes_))
 
     def _choose(self, features: NDArray[Any], target: NDArray[np.int64]) -> tuple[float, tuple[Any, Any]]:
         """The best strength on the validation split, and the solution there."""
+        adaptive = self.C is None or (isinstance(self.C, str) and self.C == "default")
+        grid = COARSE if adaptive else _grid(self.C)
         fitted, held = _split(target, self.validation, self.seed)
-        problem = SoftmaxRegression(features[fitted], target[fitted], len(self.classes_))
-        accuracy: dict[float, float] = {}
-        losses: dict[float, float] = {}
+        problem = self._problem(features[fitted], target[fitted])
+        entries: dict[float, dict[str, float]] = {}
         solutions: dict[float, tuple[Any, Any]] = {}
 
-        def measure(strength: float) -> float:
-            if solutions:  # the nearest strength has the nearest solution
-                nearest = min(solutions, key=lambda other: abs(np.log(other / strength)))
-                problem.start_at(*solutions[nearest])
-            coef, intercept = solutions[strength] = problem.solve(
-                strength, tolerance=SWEEP_TOLERANCE, max_iter=self.max_iter, dtype=np.float32
+        def measure(strengths: Sequence[float], near: float | None = None) -> None:
+            found = problem.solve(
+                strengths,
+                tolerance=SWEEP_TOLERANCE,
+                max_iter=self.max_iter,
+                start=None if near is None else solutions[near],
+                polish=False,
             )
-            logits = features[held] @ coef.T + intercept
-            accuracy[strength] = float((logits.argmax(axis=1) == target[held]).mean())
-            losses[strength] = float(-log_softmax(logits, axis=1)[np.arange(len(held)), target[held]].mean())
-            return losses[strength]
+            assert isinstance(found, Solutions)
+            for p, strength in enumerate(strengths):
+                solutions[strength] = found.coef_PKD[p], found.intercept_PK[p]
+                logits = features[held] @ found.coef_PKD[p].T + found.intercept_PK[p]
+                entries[strength] = {"C": strength} | _measured(logits, target[held])
+                entries[strength]["iterations"] = int(found.iterations_P[p])
 
         def best() -> float:
             # of equally accurate ones the most probable: on an easy set every strength is right, few are confident
-            return max(accuracy, key=lambda strength: (accuracy[strength], -losses[strength]))
+            def merit(strength: float) -> tuple[float, float]:
+                entry = entries[strength]
+                return (0.0 if self.multilabel_ else entry["accuracy"], -entry["cross_entropy"])
 
-        if self.C is not None:
-            for strength in sorted(_positive(float(c)) for c in self.C):  # type: ignore[union-attr]
-                measure(strength)
-        else:
-            loss = np.inf
+            return max(entries, key=merit)
+
+        if adaptive:
+            near, loss = None, np.inf
             for strength in COARSE:
-                before, loss = loss, measure(strength)
-                if loss > before and accuracy[strength] < max(accuracy.values()):
+                measure([strength], near)
+                near, before, loss = strength, loss, entries[strength]["cross_entropy"]
+                top = max(entry["accuracy"] for entry in entries.values())
+                if loss > before and entries[strength]["accuracy"] < top:
                     break
             for step in FINE_STEPS:
                 centre = best()
-                for strength in (centre * 10**-step, centre * 10**step):
-                    measure(strength)
-        if not accuracy:
-            raise UserError("probe: C: the grid is empty; give at least one strength")
-        self.validation_curve_ = sorted(accuracy.items())
-        return best(), solutions[best()]
+                measure([centre * 10**-step, centre * 10**step], centre)
+        else:
+            measure(grid)
+        chosen = best()
+        if len(grid) > 1 and not grid[0] < chosen < grid[-1]:
+            side = "smallest" if chosen <= grid[0] else "largest"
+            warnings.warn(
+                f"probe: C: the best strength, {chosen:.3g}, is the {side} that was tried; the optimum may lie beyond: "
+                f"give a grid that goes further",
+                stacklevel=3,
+            )
+        self.curve_ = [entries[strength] for strength in sorted(entries)]
+        return chosen, solutions[chosen]
 
 
-def _features(X: ArrayLike) -> NDArray[np.floating]:
-    if hasattr(X, "detach"):  # a torch tensor, perhaps on another device
-        X = X.detach().cpu().float().numpy()
-    features = np.asarray(X)
-    if features.ndim != 2:
-        raise UserError(f"probe: features must have shape (n, dim), got {features.shape}")
-    bad = ~np.isfinite(features).all(axis=1)
-    if bad.any():
-        raise UserError(
-            f"probe: features: {bad.sum()} of {len(features)} rows are not finite, the first is "
-            f"row {bad.argmax()}; leave them out"
-        )
-    return features
+def _measured(logits_NK: NDArray[Any], target: NDArray[np.int64]) -> dict[str, float]:
+    if target.ndim == 2:
+        right = (logits_NK > 0) == target
+        loss = -log_expit(np.where(target == 1, logits_NK, -logits_NK)).sum(axis=1)
+    else:
+        right = logits_NK.argmax(axis=1) == target
+        loss = -np.take_along_axis(log_softmax(logits_NK, axis=1), target[:, None], axis=1)
+    return {"accuracy": float(right.mean()), "cross_entropy": float(loss.mean())}
+
+
+def _grid(C: Any) -> tuple[float, ...]:
+    if isinstance(C, str):
+        if C not in PRESETS:
+            raise UserError(f"probe: C: '{C}' is unknown; use clip, dinov2, default, a number or several numbers")
+        return PRESETS[C]
+    grid = tuple(sorted({_positive(float(c)) for c in C}))
+    if not grid:
+        raise UserError("probe: C: the grid is empty; give at least one strength")
+    return grid
 
 
 def _positive(strength: float) -> float:
     if not (np.isfinite(strength) and strength > 0):
-        raise UserError(f"probe: C: {strength} is not a positive number")
+        raise UserError(f"probe: C: {strength} is not a positive number; give one such as 1.0")
     return float(strength)
 
 
 def _split(target: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices to fit on and to compare on: of each class a share, at least one, but never its only sample."""
+    """Indices to fit on and to compare on: of each class a share, at least one, but never its only sample.
+
+    With several labels a sample, (N, K), a share of all samples.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"probe: validation: {share} is no share; give one between 0 and 1, such as 0.15")
     random = np.random.default_rng(seed)
     held: list[int] = []
-    for label in np.unique(target):
-        members = random.permutation(np.flatnonzero(target == label))
+    groups = [np.arange(len(target))]
+    if target.ndim == 1:
+        groups = [np.flatnonzero(target == label) for label in np.unique(target)]
+    for members in groups:
+        members = random.permutation(members)
         held.extend(members[: min(max(1, round(share * len(members))), len(members) - 1)])
     if not held:
         raise UserError("probe: C: no class has two samples to compare strengths on; give C as a number")

@@ -1,92 +1,330 @@
-"""L2-regularised softmax regression, solved to the optimum for many strengths on the same features.
+"""L2-regularised softmax regression, solved to the optimum for many strengths, folds and seeds at once.
 
-Shapes: N samples, D features, K classes, R <= min(N, D) directions in which the features vary.
+Shapes: G groups, each with features of its own (one; or one a seed), N samples, D features, R directions in which
+they vary, A = R + 1 with the intercept, K classes, P problems of each group (strengths, folds).
 
-Objective, as scikit-learn's `LogisticRegression`: C * sum of cross-entropies + 1/2 |W|^2, the intercept free.
+Objective of each problem, as scikit-learn's `LogisticRegression`: C * sum of cross-entropies + 1/2 |W|^2, the
+intercept free. What makes it quick, without moving the optimum:
 
-What makes it quick, without moving the optimum: features are centred (the free intercept absorbs it) and
-rotated onto their principal directions once. There the Hessian of the cross-entropy is nearly diagonal, at
-most 1/2 (I - 11'/K) x X'X (Böhning 1992, "Multinomial logistic regression algorithm"), so that scaling each
-direction by 1/sqrt(curvature + penalty) leaves a well-conditioned problem for L-BFGS at every strength. The
-curvature per unit of variance is taken from the starting point: the mean of p(1 - p), which shrinks as the
-fit gets closer; Böhning's constant bound in its place took 1.5 times the iterations on Fashion-MNIST pixels.
+- One product a batch: the weights of all problems stand side by side, (A, K P), so that the features are read once.
+- Features are centred (the free intercept absorbs it) and rotated onto their principal directions, where the Hessian
+  of the cross-entropy is nearly diagonal, at most 1/2 (I - 11'/K) x X'X (Böhning 1992, "Multinomial logistic
+  regression algorithm"): one eigendecomposition makes it a preconditioner of every strength.
+- Where few samples are still uncertain (weak penalties), X'X says little of the Hessian. So problems that need many
+  iterations are rotated again, onto the directions of X' diag(p (1 - p)) X at the point reached.
+- Strengths are solved coarse to fine: each starts between its neighbours of the coarser grid, in log C.
+- The line search moves along logits that are there already: an iteration is two matrix products, whatever it tries.
+- Problems that have converged leave the batch. Left in, their vanishing steps would poison it with 0/0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
-from scipy.special import logsumexp, softmax
+from torch import Tensor
+
+from contrastive.evaluation.lbfgs import Batch, minimise
 
 Array = NDArray[np.float64]
 
+ROUNDS = (12, 30, 60)  # iterations before the features are rotated again; the last one repeats
+TOGETHER = 16  # problems that share a weighted rotation: neighbours in strength
+UNCERTAIN = 0.6  # share of the samples that the uncertainty rests on, below which a rotation pays
+PROMISE = 1e-8  # of a step in float32, below which float64 takes over
+MOST = 4e7  # logits held at a time: 160 MB in float32
 
-class SoftmaxRegression:
-    """The problem on one set of features; `solve` it for any strength, each from where the last one ended.
 
-    features_ND: finite; target_N: int in 0 … classes-1.
+@dataclass(frozen=True)
+class Solutions:
+    """P solutions on one set of features, in the order asked for.
+
+    kkt_P: Euclidean norm of the gradient in weights and intercepts, in float64: 0 at the optimum.
     """
 
-    def __init__(self, features_ND: NDArray[np.floating], target_N: NDArray[np.int64], classes: int) -> None:
-        features = np.asarray(features_ND, dtype=np.float64)
-        self.mean_D = features.mean(axis=0)
-        centred = features - self.mean_D
-        # Eigenvectors of the smaller of X'X and XX'. Null directions are dropped: the optimum has no weight
-        # there.
-        if centred.shape[1] <= centred.shape[0]:
-            power, basis = np.linalg.eigh(centred.T @ centred)
-        else:
-            power, left = np.linalg.eigh(centred @ centred.T)
-            basis = centred.T @ left / np.sqrt(np.maximum(power, np.finfo(float).tiny))
-        keep = power > power.max(initial=0.0) * max(centred.shape) * np.finfo(float).eps
-        self.power_R, self.basis_DR = power[keep], basis[:, keep]
-        self.rotated_NR = centred @ self.basis_DR
-        self.target_N, self.classes = target_N, classes
-        self.weights_RK: Array = np.zeros((len(self.power_R), classes))
-        self.intercept_K: Array = np.zeros(classes)
+    coef_PKD: Array
+    intercept_PK: Array
+    objective_P: Array
+    kkt_P: Array
+    iterations_P: NDArray[np.int64]
+    flops: float  # of the matrix products of features and weights or residuals
 
-    def start_at(self, coef_KD: Array, intercept_K: Array) -> None:
-        """Let the next `solve` start from this solution, which may be one to other samples."""
-        self.weights_RK = self.basis_DR.T @ coef_KD.T
-        self.intercept_K = intercept_K + coef_KD @ self.mean_D
+
+class SoftmaxRegression:
+    """Problems on the same samples, or on G sets of N samples each; solve them for any strengths.
+
+    features_GND: finite, (N, D) or (G, N, D). target: class numbers (N,) or (G, N); or, for independent sigmoids,
+    0 and 1 as (N, K) or (G, N, K). classes: K; None for sigmoids.
+    offset: logits (N, K) or (G, N, K) added to those of the features: a prior to start from.
+    free_intercept: False penalises it as a weight, so that C -> 0 leaves the offset alone.
+    """
+
+    def __init__(
+        self,
+        features_GND: NDArray[np.floating],
+        target: NDArray[np.integer],
+        classes: int | None = None,
+        *,
+        offset: NDArray[np.floating] | None = None,
+        free_intercept: bool = True,
+    ) -> None:
+        # writable, or torch warns of what we do not do
+        features = torch.as_tensor(np.require(features_GND, requirements=("C", "W")), dtype=torch.float64)
+        self.grouped = features.ndim == 3
+        features_GND_ = features if self.grouped else features[None]
+        self.target = torch.as_tensor(np.asarray(target), dtype=torch.int64)
+        self.target = self.target if self.grouped else self.target[None]
+        self.sigmoid = classes is None
+        self.classes = self.target.shape[-1] if classes is None else classes
+        self.free_intercept = free_intercept
+        self.offset: Tensor | None = None
+        if offset is not None:
+            self.offset = torch.as_tensor(np.asarray(offset), dtype=torch.float64)
+            self.offset = (self.offset if self.grouped else self.offset[None])[..., None]
+        # A penalised intercept belongs to the features as they are.
+        self.mean_GD = features_GND_.mean(dim=1) if free_intercept else torch.zeros_like(features_GND_[:, 0])
+        centred = features_GND_ - self.mean_GD[:, None]
+        # Eigenvectors of the smaller of X'X and XX'. Null directions are dropped: the optimum has no weight there.
+        if centred.shape[2] <= centred.shape[1]:
+            power_GR, basis_GDR = torch.linalg.eigh(centred.transpose(1, 2) @ centred)
+        else:
+            power_GR, left = torch.linalg.eigh(centred @ centred.transpose(1, 2))
+            basis_GDR = (
+                centred.transpose(1, 2) @ left / power_GR.clamp_min(torch.finfo(torch.float64).tiny).sqrt()[:, None]
+            )
+        noise = max(centred.shape[1:]) * torch.finfo(torch.float64).eps
+        kept = power_GR > power_GR.amax(dim=1, keepdim=True) * noise
+        some = kept.any(dim=0)  # of all groups; a direction null in one of them has no power there
+        self.power_GR = (power_GR * kept)[:, some]
+        self.basis_GDR = (basis_GDR * kept[:, None])[:, :, some]
+        self.rotated_GNR = centred @ self.basis_GDR
 
     def solve(
-        self, strength: float, *, tolerance: float, max_iter: int, dtype: type[np.floating] = np.float64
-    ) -> tuple[Array, Array]:
-        """`(coef (K, D), intercept (K,))` at C = strength, starting from the last solution.
+        self,
+        strengths: Sequence[float],
+        *,
+        tolerance: float = 1e-8,
+        max_iter: int = 10_000,
+        weight: NDArray[np.floating] | None = None,
+        start: tuple[Array, Array] | None = None,
+        polish: bool = True,
+        precondition: bool = True,
+        coarse_to_fine: bool = True,
+    ) -> Solutions | list[Solutions]:
+        """The optimum of each of `strengths`; with G groups a list of G.
 
-        tolerance: stop when an iteration lowers the objective, per sample, by less than this share of it.
-        dtype: of the two matrix products, where the time goes: float32 halves it and is good to about 1e-6.
+        tolerance: a problem is done when the norm of its gradient bounds what is left above the optimum by this share
+        of the objective: |g|^2 / 2, as the penalty alone has curvature 1.
+        weight: of the samples, (N, P) or (G, N, P), 0 leaves one out (a fold).
+        start: `(coef (K, D), intercept (K,))` to start all of them from.
+        polish: go on in float64 when float32 is done. Without, a gap below 1e-6 is not promised.
+        precondition, coarse_to_fine: False for comparison.
         """
-        samples, directions = self.rotated_NR.shape
-        start_NK = softmax(self.rotated_NR @ self.weights_RK + self.intercept_K, axis=1)
-        curvature = max(float((start_NK * (1 - start_NK)).mean()), 1e-4)
-        scale_R = 1 / np.sqrt(curvature * self.power_R + 1 / strength)
-        scaled_NR = (self.rotated_NR * scale_R).astype(dtype)
-        intercept_scale = 1 / np.sqrt(curvature * samples)
-        rows = np.arange(samples)
+        strength_P = torch.as_tensor([float(c) for c in strengths], dtype=torch.float64)
+        work = _Work(self, strength_P, weight, precondition)
+        if start is not None:
+            work.start_from(*(torch.as_tensor(np.asarray(part), dtype=torch.float64) for part in start))
+        precisions = (torch.float32, torch.float64) if polish else (torch.float32,)
+        for dtype in precisions:
+            rough = dtype == torch.float32
+            promise = PROMISE if rough else 0.0
+            levels = (
+                _levels(strength_P) if rough and coarse_to_fine and weight is None else [torch.arange(len(strength_P))]
+            )
+            done: list[int] = []
+            for level in levels:
+                if done and start is None:
+                    work.interpolate(level, torch.as_tensor(done))
+                width = max(1, int(MOST / (self.rotated_GNR.shape[1] * self.classes * len(self.rotated_GNR))))
+                for part in level.split(width):
+                    work.run(part, tolerance, promise, max_iter, dtype)
+                done += level.tolist()
+        found = work.solutions()
+        return found if self.grouped else found[0]
 
-        def objective(flat: Array) -> tuple[float, Array]:
-            point = flat.reshape(directions + 1, self.classes)
-            logits_NK = (scaled_NR @ point[:-1].astype(dtype)).astype(np.float64) + intercept_scale * point[-1]
-            log_sum = logsumexp(logits_NK, axis=1, keepdims=True)
-            loss = (log_sum[:, 0] - logits_NK[rows, self.target_N]).sum()
-            residual_NK = np.exp(logits_NK - log_sum)
-            residual_NK[rows, self.target_N] -= 1
-            weights = scale_R[:, None] * point[:-1]
-            gradient = np.empty_like(point)
-            gradient[:-1] = scaled_NR.T @ residual_NK.astype(dtype) + scale_R[:, None] * weights / strength
-            gradient[-1] = intercept_scale * residual_NK.sum(axis=0)
-            value = loss + 0.5 * (weights**2).sum() / strength
-            return value / samples, gradient.ravel() / samples
 
-        start = np.vstack([self.weights_RK / scale_R[:, None], self.intercept_K / intercept_scale])
-        options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "ftol": tolerance, "gtol": 0.0, "maxcor": 20}
-        found = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options=options)
-        point = found.x.reshape(directions + 1, self.classes)
-        self.weights_RK = scale_R[:, None] * point[:-1]
-        self.intercept_K = intercept_scale * point[-1]
-        coef_KD = (self.basis_DR @ self.weights_RK).T
-        intercept = self.intercept_K - coef_KD @ self.mean_D
-        return coef_KD, intercept - intercept.mean()  # a constant on every class changes no probability
+class _Work:
+    """The points of P problems in the coordinates of `problem`, and how they are moved."""
+
+    def __init__(
+        self, problem: SoftmaxRegression, strength_P: Tensor, weight: NDArray[np.floating] | None, precondition: bool
+    ) -> None:
+        self.problem, self.strength_P, self.precondition = problem, strength_P, precondition
+        groups, _, directions = problem.rotated_GNR.shape
+        self.point_GAKP = torch.zeros(groups, directions + 1, problem.classes, len(strength_P), dtype=torch.float64)
+        self.iterations_GP = torch.zeros(groups, len(strength_P), dtype=torch.int64)
+        self.flops = 0.0
+        self.weight: Tensor | None = None
+        if weight is not None:
+            self.weight = torch.as_tensor(np.require(weight, requirements="W"), dtype=torch.float64)
+            self.weight = (self.weight if self.weight.ndim == 3 else self.weight[None])[:, :, None]  # (G, N, 1, P)
+
+    def start_from(self, coef_KD: Tensor, intercept_K: Tensor) -> None:
+        problem = self.problem
+        self.point_GAKP[:, :-1] = (problem.basis_GDR.transpose(1, 2) @ coef_KD.T)[..., None]
+        self.point_GAKP[:, -1] = (intercept_K + problem.mean_GD @ coef_KD.T)[..., None]
+
+    def interpolate(self, wanted: Tensor, known: Tensor) -> None:
+        """Start `wanted` from the up to four nearest known strengths: Lagrange's polynomial in log C."""
+        place = self.strength_P.log()
+        known = known[place[known].argsort()]
+        for p in wanted.tolist():
+            above = int(torch.searchsorted(place[known], place[p]))
+            near = (
+                known[max(0, above - 2) : above + 2] if 0 < above < len(known) else known[[min(above, len(known) - 1)]]
+            )
+            near = near if len(near) in (2, 4) else near[-2:] if above + 2 > len(known) else near[:2]
+            x = place[near]
+            if len(near) > 1 and (x.diff() < 1e-9).any():
+                near, x = near[:1], x[:1]
+            share = torch.ones(len(near), dtype=torch.float64)
+            for i in range(len(near)):
+                for j in range(len(near)):
+                    if i != j:
+                        share[i] *= (place[p] - x[j]) / (x[i] - x[j])
+            self.point_GAKP[..., p] = self.point_GAKP[..., near] @ share
+
+    def run(self, columns: Tensor, tolerance: float, promise: float, max_iter: int, dtype: torch.dtype) -> None:
+        """Move problems `columns` to their optimum: rounds of L-BFGS, each on features rotated for what is left."""
+        problem = self.problem
+        mean_GR = torch.zeros_like(problem.power_GR)  # of the current coordinates, in those of `problem`
+        turn_GRR: Tensor | None = None
+        rotated, power_GR = problem.rotated_GNR.to(dtype), problem.power_GR
+        left = columns
+        spent = 0
+        while True:
+            share = 1.0
+            if self.weight is not None:
+                share = float(self.weight[..., left].mean())
+            point = self._turned(left, mean_GR, turn_GRR)
+            batch = Batch(
+                rotated,
+                problem.target,
+                problem.sigmoid,
+                self.strength_P[left].to(dtype),
+                point.to(dtype),
+                None if self.weight is None else self.weight[..., left].to(dtype),
+                None if problem.offset is None else problem.offset.to(dtype),
+                problem.free_intercept,
+            )
+            power = power_GR * share if self.precondition else None
+            rounds = min(ROUNDS[min(spent, len(ROUNDS) - 1)] if self.precondition else max_iter, max_iter)
+            count_GP, done_P = minimise(batch, power, tolerance, rounds, promise)
+            spent += 1
+            self.flops += batch.flops
+            self.iterations_GP[:, left] += count_GP
+            self._turn_back(left, batch.point_GAKP.double(), mean_GR, turn_GRR)
+            left = left[~done_P]
+            left = left[self.iterations_GP[:, left].amax(dim=0) < max_iter]
+            if not len(left):
+                return
+            if not self.precondition or len(problem.rotated_GNR) > 1:
+                continue
+            order = left[self.strength_P[left].argsort()]
+            if len(order) > TOGETHER:
+                for part in order.tensor_split(-(-len(order) // TOGETHER)):
+                    self.run(part, tolerance, promise, max_iter, dtype)
+                return
+            left = order
+            weight_N, uncertain = self._uncertainty(left)
+            if uncertain < UNCERTAIN:
+                features = problem.rotated_GNR[0]
+                if dtype == torch.float32:
+                    features = features.float()
+                mean_R = (weight_N.to(dtype) @ features) / weight_N.sum().to(dtype)
+                if not problem.free_intercept:
+                    mean_R = torch.zeros_like(mean_R)
+                centred = features - mean_R
+                gram = (centred * weight_N.to(dtype)[:, None]).T @ centred
+                power_R, turn_RR = torch.linalg.eigh(gram.double())
+                # the diagonal preconditioner multiplies by the mean of p (1 - p), which is in `gram` already
+                power_GR = (power_R.clamp_min(0) / weight_N.mean())[None]
+                mean_GR, turn_GRR = mean_R.double()[None], turn_RR[None]
+                rotated = (centred @ turn_RR.to(dtype))[None]
+                self.flops += 4.0 * features.shape[0] * features.shape[1] ** 2
+
+    def _uncertainty(self, left: Tensor) -> tuple[Tensor, float]:
+        """Mean p (1 - p) of each sample, and the share of the samples that most of it rests on (Kish)."""
+        problem = self.problem
+        middle = left[len(left) // 2]
+        point = self.point_GAKP[0, :, :, middle].float()
+        logits = problem.rotated_GNR[0].float() @ point[:-1] + point[-1]
+        if problem.offset is not None:
+            logits += problem.offset[0, ..., 0].float()
+        chance = torch.sigmoid(logits) if problem.sigmoid else torch.softmax(logits, dim=1)
+        weight_N = (chance * (1 - chance)).mean(dim=1).double()
+        if self.weight is not None:
+            weight_N = weight_N * self.weight[0, :, 0][:, left].mean(dim=1)
+        weight_N = weight_N.clamp_min(weight_N.max() * 1e-9 + 1e-30)
+        return weight_N, float(weight_N.sum() ** 2 / (weight_N**2).sum() / len(weight_N))
+
+    def _turned(self, left: Tensor, mean_GR: Tensor, turn_GRR: Tensor | None) -> Tensor:
+        point = self.point_GAKP[..., left].clone()
+        point[:, -1] += torch.einsum("gr,grkp->gkp", mean_GR, point[:, :-1])
+        if turn_GRR is not None:
+            point[:, :-1] = torch.einsum("grs,grkp->gskp", turn_GRR, point[:, :-1])
+        return point
+
+    def _turn_back(self, left: Tensor, point: Tensor, mean_GR: Tensor, turn_GRR: Tensor | None) -> None:
+        point = point.clone()
+        if turn_GRR is not None:
+            point[:, :-1] = torch.einsum("grs,gskp->grkp", turn_GRR, point[:, :-1])
+        point[:, -1] -= torch.einsum("gr,grkp->gkp", mean_GR, point[:, :-1])
+        self.point_GAKP[..., left] = point
+
+    def solutions(self) -> list[Solutions]:
+        """In the coordinates of the features, with objective and gradient in float64."""
+        problem = self.problem
+        objective, kkt = [], []
+        for part in torch.arange(len(self.strength_P)).split(
+            max(1, int(MOST / 2 / (problem.rotated_GNR.shape[1] * problem.classes * len(problem.rotated_GNR))))
+        ):
+            batch = Batch(
+                problem.rotated_GNR,
+                problem.target,
+                problem.sigmoid,
+                self.strength_P[part],
+                self.point_GAKP[..., part],
+                None if self.weight is None else self.weight[..., part],
+                problem.offset,
+                problem.free_intercept,
+            )
+            objective.append(batch.objective_GP)
+            kkt.append(batch.gradient_GAKP.square().sum(dim=(1, 2)).sqrt())
+        objective_GP, kkt_GP = torch.cat(objective, dim=-1).numpy(), torch.cat(kkt, dim=-1).numpy()
+        coef_GPKD = torch.einsum("gdr,grkp->gpkd", problem.basis_GDR, self.point_GAKP[:, :-1])
+        intercept_GPK = self.point_GAKP[:, -1].transpose(1, 2) - torch.einsum(
+            "gpkd,gd->gpk", coef_GPKD, problem.mean_GD
+        )
+        if problem.free_intercept and not problem.sigmoid:
+            intercept_GPK = intercept_GPK - intercept_GPK.mean(dim=2, keepdim=True)  # changes no probability
+        return [
+            Solutions(
+                coef_GPKD[g].numpy(),
+                intercept_GPK[g].numpy(),
+                objective_GP[g],
+                kkt_GP[g],
+                self.iterations_GP[g].numpy(),
+                self.flops,
+            )
+            for g in range(len(coef_GPKD))
+        ]
+
+
+def _levels(strength_P: Tensor) -> list[Tensor]:
+    """Every eighth strength in order, then those halfway between, and so on: 12, 12, 24, 48 of 96."""
+    order = strength_P.argsort()
+    levels, seen = [], torch.zeros(len(order), dtype=torch.bool)
+    for stride in (8, 4, 2, 1):
+        chosen = torch.zeros_like(seen)
+        chosen[::stride] = True
+        if stride == 8:
+            chosen[-1] = True  # the weakest penalty is nobody's neighbour from above
+        fresh = chosen & ~seen
+        if fresh.any():
+            levels.append(order[fresh])
+        seen |= chosen
+    return levels
