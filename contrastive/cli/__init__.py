@@ -16,7 +16,7 @@ from typing import NoReturn, Protocol, cast
 
 from contrastive.errors import UserError
 
-COMMANDS = ("train", "shard", "tokenizer", "classify", "probe", "evaluate", "recipes", "selfcheck")
+COMMANDS = ("train", "shard", "tokenizer", "embed", "classify", "probe", "evaluate", "recipes", "selfcheck")
 
 
 class Command(Protocol):

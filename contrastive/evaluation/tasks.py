@@ -68,7 +68,10 @@ class Evaluation:
         """The bare values of a set of pairs, to log: `image_to_text/recall@1`, …, `zeroshot/top1`, …"""
         groups = {**self.results.get("retrieval", {}), "zeroshot": self.results.get("zeroshot", {})}
         return {
-            f"{group}/{name}": entry["value"] for group, entries in groups.items() for name, entry in entries.items()
+            f"{group}/{name}": entry["value"]
+            for group, entries in groups.items()
+            for name, entry in entries.items()
+            if name.startswith(("recall@", "top"))
         }
 
 
@@ -126,7 +129,7 @@ def evaluate_pairs(
     ids = np.asarray([caption_id(caption) for caption in captions], dtype=np.int64)
     unique, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     weights_KD = found.text[first]
-    ranks = retrieval_ranks(*map(torch.as_tensor, (found.image, weights_KD, ids, unique))).numpy()
+    ranks = retrieval_ranks(found.image, weights_KD, ids, unique)
     results = {
         "name": name,
         "kind": "pairs",
