@@ -35,7 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, help="images of the larger case (default: all of them)")
     parser.add_argument("--rounds", type=int, default=5, help="of the smaller case; the larger has one")
-    parser.add_argument("--memory-of", nargs=3, type=int, metavar=("IMAGES", "CAPTIONS", "ROWS"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--memory-of", nargs=3, type=int, metavar=("IMAGES", "CAPTIONS", "ROWS"), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.memory_of:
         print(json.dumps(memory(*arguments.memory_of)))

@@ -76,14 +76,16 @@ def median(values_N: ArrayLike, *, seed: int = 0) -> dict[str, float]:
     return _with_interval(float(np.median(np.asarray(values_N))), np.concatenate(drawn))
 
 
-def calibration(probabilities_NK: ArrayLike, target_N: ArrayLike, *, bins: int = 15, seed: int = 0) -> dict[str, float]:
+def expected_error(
+    probabilities_NK: ArrayLike, target_N: ArrayLike, *, bins: int = 15, seed: int = 0
+) -> dict[str, float]:
     """Expected calibration error of the likeliest class with equal bins of confidence: `{"value", "low", "high"}`.
 
     The sum over bins of |right - confident| / N, where a bin adds up how many of its samples are right and their
     probabilities (Guo et al. 2017). The interval redraws samples; resampling raises the error of a well calibrated
     model a little, since noise in a bin never cancels.
     """
-    from contrastive.evaluation.calibration import expected_error
+    from contrastive.evaluation import calibration
 
     probabilities, target = np.asarray(probabilities_NK, np.float64), np.asarray(target_N)
     confidence = probabilities.max(axis=1)
@@ -92,7 +94,7 @@ def calibration(probabilities_NK: ArrayLike, target_N: ArrayLike, *, bins: int =
     gap_NB = member_NB * gap[:, None]
     ones = np.ones(len(gap), np.int64)
     drawn = [np.abs(weights_RN @ gap_NB).sum(axis=1) / len(gap) for weights_RN in resamples(ones, seed)]
-    return _with_interval(float(expected_error(probabilities, target, bins=bins)), np.concatenate(drawn))
+    return _with_interval(float(calibration.expected_error(probabilities, target, bins=bins)), np.concatenate(drawn))
 
 
 def confusion(target_N: ArrayLike, predicted_N: ArrayLike, classes: int) -> NDArray[np.int64]:

@@ -27,7 +27,10 @@ def write_predictions(path: str | Path, found: Predictions, *, top_k: int = 5) -
     import pyarrow as pa
     import pyarrow.parquet
 
-    columns: dict[str, pa.Array] = {"key": pa.array(found.keys, pa.string()), "label": pa.array(found.truth, pa.string())}
+    columns: dict[str, pa.Array] = {
+        "key": pa.array(found.keys, pa.string()),
+        "label": pa.array(found.truth, pa.string()),
+    }
     for task, (classes, probabilities_NK) in found.tasks.items():
         order_NT = np.argsort(-probabilities_NK, axis=1, kind="stable")[:, :top_k]
         names_NT = np.asarray(classes, dtype=object)[order_NT]

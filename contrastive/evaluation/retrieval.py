@@ -131,7 +131,8 @@ def recalls(
     sides = ((image_ids_N, text_ids_T), (text_ids_T, image_ids_N))
     directions = ("image_to_text", "text_to_image")
     return {
-        direction: summary(ranks, *ids, seed=seed) for direction, ranks, ids in zip(directions, found, sides, strict=True)
+        direction: summary(ranks, *ids, seed=seed)
+        for direction, ranks, ids in zip(directions, found, sides, strict=True)
     }
 
 

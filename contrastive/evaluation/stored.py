@@ -106,7 +106,9 @@ def embed_stored(
     read = np.array([reason is None for *_, reason in every], dtype=bool)
     content = _digest(*(part["content"].encode() for part in found))
     if not kept:
-        return assemble([], failures, {"image": np.zeros((0, model.dim), np.float32)}, {}, [], np.zeros(0, int), content)
+        return assemble(
+            [], failures, {"image": np.zeros((0, model.dim), np.float32)}, {}, [], np.zeros(0, int), content
+        )
 
     texts, owners_T = caption_rows(kept, text)
     text_files = _texts(model, folder, texts, features, batch_size, dtype)
@@ -114,7 +116,14 @@ def embed_stored(
     of_image = {kind: _rows(folder / f"{kind}.npy", read) for kind in _kinds(folder, features)}
     of_text = {kind: np.load(file, mmap_mode="r") for kind, file in text_files.items()}
     if _rank()[0] == 0:
-        summary = {**identity, **place, "content": content, "rows": len(kept), "texts": len(texts), "failures": failures}
+        summary = {
+            **identity,
+            **place,
+            "content": content,
+            "rows": len(kept),
+            "texts": len(texts),
+            "failures": failures,
+        }
         _write_json(folder / "summary.json", summary, indent=2)
     return assemble(kept, failures, of_image, of_text, texts, owners_T, content)
 

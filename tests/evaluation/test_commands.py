@@ -154,9 +154,10 @@ def test_evaluate_retrieval_on_shards(saved, pairs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--tasks", "zeroshot,knn"), "unknown: knn"),
+        (("--tasks", "zeroshot,nearest"), "unknown: nearest"),
         (("--tasks", "probe"), "--train DATA"),
-        (("--tasks", "retrieval"), "no caption"),
+        (("--tasks", "fewshot,knn"), "fewshot,knn needs labelled training images"),
+        (("--compare",), "two models"),
         (("--labels", "red,green"), "blue, yellow"),
         (("--label", "colour"), "columns can be named for a table only"),
     ],
