@@ -3,8 +3,8 @@
     python benchmarks/retrieval.py                      prints a table, writes benchmarks/results/retrieval.json
     python benchmarks/retrieval.py --rows 4000          the larger case with a slice of its queries
 
-5,000 images × 25,000 captions (five an image) and 100,000 × 100,000, 512 dimensions, float32. "ours" counts the ranks of
-images among captions and of captions among images, pessimistically and optimistically; "product" multiplies the same
+5,000 images × 25,000 captions (five an image) and 100,000 × 100,000, 512 dimensions, float32. "ours" counts the ranks
+of images among captions and of captions among images, pessimistically and optimistically; "product" multiplies the same
 matrices in the same tiles and throws the scores away; where the score matrix fits (500 MB), "one product" makes it
 in one call. They take turns behind a warm-up, medians count. Memory: a process of its own, the peak resident set
 above what it held with the features in place; the scores of the larger case would take 40 GB. Keep the machine idle.

@@ -57,16 +57,16 @@ from contrastive.models import (
     describe,
     open_clip_model,
 )
-from contrastive.shards import Augment, FeatureLoader, PairLoader, ShardIndex
-from contrastive.training import Duration, Schedule, Trainer, adamw
+from contrastive.shards import Augment, FeatureLoader, Mixture, PairLoader, TokenCache, open_index
+from contrastive.training import Duration, Schedule, Skips, Trainer, adamw, check_share
 
 
 class FrozenFeatures(NamedTuple):
-    """What `FeatureLoader` takes: rows as in the index, see there."""
+    """What `FeatureLoader` takes: rows as in the data, see there."""
 
     image: NDArray[np.float32]
     text: NDArray[np.float32]
-    valid: NDArray[np.bool_]
+    rejected: dict[int, str]
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -244,6 +244,26 @@ def _build_term(term: Any, samples: int, teachers: Mapping[str, Teacher]) -> nn.
             raise AssertionError(term)
 
 
+def build_data(config: Config) -> Mixture:
+    """The training sets of a recipe, as one.
+
+    Raises:
+        UserError: a set cannot be opened, or indexing left out more of one than ``data.max_skip_rate``.
+    """
+    parts = []
+    for path in config.data.train_sets:
+        index = open_index(path)
+        check_share(index.rejected, len(index), config.data.max_skip_rate, path)
+        parts.append(index)
+    return Mixture(parts, list(config.data.train_sets.values()))
+
+
+def token_cache(model: TwoTower) -> TokenCache:
+    """The model's tokenizer with a memory, for one loader."""
+    width = None if model.text.cuts_text else model.tokenizer.context
+    return TokenCache(model.tokenize, model.tokenizer.pad_id, width=width)
+
+
 def build_augment(config: Config) -> Augment:
     """The augmentation of a recipe."""
     return Augment(**config.data.augment.model_dump())
@@ -277,53 +297,57 @@ def build_trainer(
     config: Config,
     accelerator: Accelerator,
     model: TwoTower,
-    index: ShardIndex,
+    data: Mixture,
     *,
     features: FrozenFeatures | None = None,
     teachers: Mapping[str, Teacher] | None = None,
     validate: Callable[[Any], dict[str, float]] | None = None,
     quiet: bool = False,
 ) -> Trainer:
-    """The trainer of a recipe over the shards of `index`.
+    """The trainer of a recipe over the pairs of `data`.
 
     Args:
-        features: of all samples of `index`, where ``data.cache`` asks for them.
+        features: of all samples of `data`, where ``data.cache`` asks for them.
         teachers: those that the recipe's loss names, see `build_loss`.
 
     Raises:
-        UserError: the global batch does not divide by the number of processes, or is larger than the data set; the
-            model does not allow the chunks of ``train.chunk``.
+        UserError: the global batch does not divide by the number of processes, or takes more pairs of a set than there
+            are; the model does not allow the chunks of ``train.chunk``.
     """
     world, batch = accelerator.num_processes, config.train.global_batch
-    if batch > len(index):
-        raise UserError(f"train.global_batch: {batch} is more than the {len(index)} pairs of {config.data.train}")
-    duration = build_duration(config, len(index))
+    for path, part, weight in zip(config.data.train_sets, data.parts, data.weights, strict=True):
+        share = math.ceil(batch * weight / sum(data.weights))
+        if share > len(part):
+            taken = f"{batch}" if share == batch else f"{batch} takes {share} of one set at once, which"
+            raise UserError(f"train.global_batch: {taken} is more than the {len(part)} pairs of {path}")
+    duration = build_duration(config, data.epoch_size)
     model.to(accelerator.device)
 
     def make_loader(start_step: int) -> PairLoader | FeatureLoader:
         place: dict[str, Any] = {"global_batch": batch, "rank": accelerator.process_index, "world": world}
-        place |= {"seed": config.run.seed, "start_step": start_step}
+        place |= {"seed": config.run.seed, "window": config.data.window, "start_step": start_step}
         if features is not None:
-            return FeatureLoader(index, *features, **place)
+            return FeatureLoader(data, *features, **place)
         return PairLoader(
-            index,
-            tokenize=model.tokenize,
+            data,
+            tokenize=token_cache(model),
             image_size=model.image_size,
             augment=build_augment(config),
             workers=config.data.workers,
+            timeout=config.data.timeout,
+            decode=config.data.decode,
             caption_variants=config.data.caption_variants,
             cache=config.data.cache == "pixels",
             **place,
         )
 
-    make_loader(0)  # a batch that does not divide, or a cache that cannot be built, is told before the first step
     network: nn.Module = model
     if world > 1:
         network = _synchronise_batch_norm(model, accelerator)
     return Trainer(
         accelerator,
         network,
-        build_loss(config, len(index), teachers or {}),
+        build_loss(config, len(data), teachers or {}),
         adamw(
             network,
             lr=config.optim.lr,
@@ -335,15 +359,18 @@ def build_trainer(
         build_schedule(config),
         duration,
         make_loader,
+        Skips(
+            config.data.max_skip_rate,
+            data.epoch_size,
+            batch,
+            Path(config.run.dir) / "rejected.jsonl" if accelerator.is_main_process else None,
+        ),
         run_dir=Path(config.run.dir),
         global_batch=batch,
         identity={
             "model": {**describe(model), "name": None},
             "loss": [term.kind for term in terms_of(config.loss)],
             "locked towers": list(model.locked),
-            "data": index.fingerprint,
-            "global_batch": batch,
-            "seed": config.run.seed,
         },
         clip=config.optim.clip,
         chunk=config.train.chunk,

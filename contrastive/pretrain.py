@@ -8,20 +8,22 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 
 from contrastive.build import (
     FrozenFeatures,
     Teacher,
     build_accelerator,
+    build_data,
     build_model,
     build_trainer,
     wants_training,
@@ -41,7 +43,8 @@ from contrastive.evaluation import (
 )
 from contrastive.losses import CustomLoss, fuse
 from contrastive.models import TwoTower, load, reinitialised, save_model, train_tokenizer
-from contrastive.shards import ShardIndex, open_cache, open_index
+from contrastive.shards import Mixture, Rejected, ShardIndex, open_cache, open_index
+from contrastive.shards.storage import is_remote
 from contrastive.training import (
     LINE_EVERY_SECONDS,
     Trainer,
@@ -56,7 +59,7 @@ from contrastive.training import (
 # What a run writes; `--overwrite` deletes these and nothing else.
 WRITTEN = (
     "checkpoints", "model", "tensorboard", "config.yaml", "environment.json",
-    "metrics.jsonl", "results.json", "report.html", "tokenizer.json",
+    "metrics.jsonl", "rejected.jsonl", "results.json", "report.html", "tokenizer.json",
 )  # fmt: skip
 
 
@@ -95,12 +98,16 @@ def pretrain(
     check_losses(config)
     if config.train.fused_loss:
         fuse()
-    with accelerator.main_process_first():  # one process builds the index, the others read it
-        train_index = open_index(config.data.train)
+    with main_process_first(accelerator):  # one process builds the index, the others read it
+        data = build_data(config)
         validation_index = open_index(config.data.validation) if config.data.validation else None
         if config.data.cache == "pixels":
-            open_cache(train_index)
-    trained_tokenizer = settle_tokenizer(config, train_index, accelerator, run_dir if resume else None)
+            for part in data.parts:
+                open_cache(part)
+    prints = set(gather_object([data.fingerprint]))
+    if len(prints) > 1:
+        raise UserError("data.train: the shards changed while the processes opened them; start again")
+    trained_tokenizer = settle_tokenizer(config, data, accelerator, run_dir if resume else None)
     model = build_model(config, trained_tokenizer)
     # From here on each process draws its own: dropout masks must differ between the shares of a batch.
     torch.manual_seed(config.run.seed + 1_000_003 * accelerator.process_index)
@@ -108,9 +115,9 @@ def pretrain(
         config,
         accelerator,
         model,
-        train_index,
-        features=frozen_features(model, train_index, accelerator) if config.data.cache == "features" else None,
-        teachers=teachers_of(config, train_index, accelerator),
+        data,
+        features=frozen_features(model, data, accelerator) if config.data.cache == "features" else None,
+        teachers=teachers_of(config, data, accelerator),
         validate=validation(validation_index, config.data.workers),
         quiet=quiet,
     )
@@ -126,7 +133,7 @@ def pretrain(
         if trained_tokenizer:
             (run_dir / "tokenizer.json").write_text(trained_tokenizer)
         if not quiet:
-            print(summary(config, model, train_index, accelerator), flush=True)
+            print(summary(config, model, data, accelerator), flush=True)
     accelerator.wait_for_everyone()
 
     if config.track.trackers:
@@ -144,6 +151,21 @@ def pretrain(
         return evaluate(config, load(run_dir, device=accelerator.device), validation_index, trainer, quiet)
     finally:
         accelerator.end_training()
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """The main process does the block, then the others; also behind an error, which the others then meet themselves.
+
+    accelerate's own leaves the others waiting for a main process that is gone.
+    """
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            accelerator.wait_for_everyone()
 
 
 def find_start(run_dir: Path, *, resume: bool, overwrite: bool) -> Path | None:
@@ -175,10 +197,16 @@ def clear(run_dir: Path) -> None:
 
 def check_shards(config: Config) -> None:
     """Name the key of a folder that is not there, and what makes it."""
-    for key, folder in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-        if folder is not None and not Path(folder).exists():
+    folders = [("data.train", folder) for folder in config.data.train_sets]
+    for key, folder in [*folders, ("data.validation", config.data.validation)]:
+        if folder is not None and not _may_exist(folder):
             way = f"make it with `contrastive shard SOURCE {folder}`, shipped sets with `python data/SET/prepare.py`"
             raise UserError(f"{key}: {folder} does not exist; {way}")
+
+
+def _may_exist(shards: str) -> bool:
+    """Whether shards lie there; a URL, a glob or a brace pattern is left to `open_index`."""
+    return Path(shards).exists() or is_remote(shards) or any(mark in shards for mark in "*?[{")
 
 
 def check_labelled_sets(config: Config) -> None:
@@ -202,7 +230,7 @@ def check_losses(config: Config) -> None:
             )
 
 
-def settle_tokenizer(config: Config, index: ShardIndex, accelerator: Accelerator, kept: Path | None) -> str:
+def settle_tokenizer(config: Config, data: Mixture, accelerator: Accelerator, kept: Path | None) -> str:
     """The text of the tokenizer that is trained on this run's captions; "" for a recipe that brings its own.
 
     Args:
@@ -215,12 +243,17 @@ def settle_tokenizer(config: Config, index: ShardIndex, accelerator: Accelerator
         return (kept / "tokenizer.json").read_text()
     texts = [""]
     if accelerator.is_main_process:
-        texts = [train_tokenizer(index.captions(), choice.vocab_size, choice.lowercase).to_str()]
+        try:
+            texts = [train_tokenizer(data.captions(), choice.vocab_size, choice.lowercase).to_str()]
+        except Rejected as fault:
+            raise UserError(
+                f"data.train: {fault}, while a tokenizer was trained on its captions; start again"
+            ) from None
     broadcast_object_list(texts)
     return texts[0]
 
 
-def summary(config: Config, model: TwoTower, index: ShardIndex, accelerator: Accelerator) -> str:
+def summary(config: Config, model: TwoTower, data: Mixture, accelerator: Accelerator) -> str:
     """What is about to run, in three lines."""
 
     def millions(module: Any) -> str:
@@ -229,17 +262,21 @@ def summary(config: Config, model: TwoTower, index: ShardIndex, accelerator: Acc
         return f"{total / 1e6:.2f} M" + ("" if learned == total else f" ({learned / 1e6:.2f} M learned)")
 
     batch, world = config.train.global_batch, accelerator.num_processes
+    sets = list(config.data.train_sets)
+    if len(sets) > 1:
+        sets = [f"{path} ({weight}x)" for path, weight in zip(sets, data.weights, strict=True)]
     return (
         f"model   image tower {millions(model.image)}, text tower {millions(model.text)} parameters; "
         f"{model.image_size} px, {model.dim} dimensions\n"
-        f"data    {len(index):,} pairs in {config.data.train}; global batch {batch}"
-        f"{f' = {world} processes x {batch // world}' if world > 1 else ''}, {len(index) / batch:.1f} steps an epoch\n"
+        f"data    {len(data):,} pairs in {' + '.join(sets)}; global batch {batch}"
+        f"{f' = {world} processes x {batch // world}' if world > 1 else ''}, "
+        f"{data.epoch_size / batch:.1f} steps an epoch\n"
         f"run     {config.run.dir} on {accelerator.device}, precision {accelerator.mixed_precision}, "
         f"loss {' + '.join(term.kind for term in terms_of(config.loss))}"
     )
 
 
-def frozen_features(model: TwoTower, index: ShardIndex, accelerator: Accelerator) -> FrozenFeatures:
+def frozen_features(model: TwoTower, data: Mixture, accelerator: Accelerator) -> FrozenFeatures:
     """Run both locked trunks once over the data set; every process does it for itself.
 
     Raises:
@@ -247,10 +284,10 @@ def frozen_features(model: TwoTower, index: ShardIndex, accelerator: Accelerator
     """
     if not model.text.cuts_text:
         raise UserError(f"data.cache: features cannot be taken from the text tower of {model.name}; use pixels or none")
-    return FrozenFeatures(*run_once(model.to(accelerator.device), index, accelerator, "the locked towers", "tower"))
+    return FrozenFeatures(*run_once(model.to(accelerator.device), data, accelerator, "the locked towers", "tower"))
 
 
-def teachers_of(config: Config, index: ShardIndex, accelerator: Accelerator) -> dict[str, Teacher]:
+def teachers_of(config: Config, data: Mixture, accelerator: Accelerator) -> dict[str, Teacher]:
     """Run the teachers that the recipe's loss names once over the data set; every process does it for itself.
 
     A teacher sees each image whole, whatever the student's augmentation makes of it.
@@ -259,17 +296,17 @@ def teachers_of(config: Config, index: ShardIndex, accelerator: Accelerator) -> 
     teachers = {}
     for name in sorted(names):
         model = load(name, device=accelerator.device)
-        image, text, _ = run_once(model, index, accelerator, f"the teacher {name}", "projected")
+        image, text, _ = run_once(model, data, accelerator, f"the teacher {name}", "projected")
         scale = float(model.logit_scale.detach().exp())
         teachers[name] = Teacher(torch.from_numpy(image), torch.from_numpy(text), scale)
     return teachers
 
 
 def run_once(
-    model: TwoTower, index: ShardIndex, accelerator: Accelerator, what: str, features: str
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
-    """Features of every image and first caption of `index`, rows as there; False where an image cannot be read."""
-    accelerator.print(f"running {what} once over {len(index):,} pairs", flush=True)
+    model: TwoTower, data: Mixture, accelerator: Accelerator, what: str, features: str
+) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[int, str]]:
+    """Features of every image and first caption of `data`, rows as there; and why a sample has none, by its number."""
+    accelerator.print(f"running {what} once over {len(data):,} pairs", flush=True)
     started = last = time.monotonic()
 
     def show(done: int, total: int) -> None:
@@ -278,13 +315,20 @@ def run_once(
             last, rate = now, done / (now - started)
             accelerator.print(f"  {done:,} of {total:,} images · {rate:,.0f} images/s", flush=True)
 
-    found = embed(model, index, features=features, progress=show)
-    assert found.text is not None, "the index holds no sample without a caption"
-    valid = np.array([index.key(i) not in found.failures for i in range(len(index))])
-    assert valid.sum() == len(found.keys)
-    image, text = (np.zeros((len(index), part.shape[1]), np.float32) for part in (found.image, found.text))
-    image[valid], text[valid] = found.image, found.text
-    return image, text, valid
+    images: list[NDArray[np.float32]] = []
+    texts: list[NDArray[np.float32]] = []
+    rejected: dict[int, str] = {}
+    for part, offset in zip(data.parts, data.offsets.tolist(), strict=False):
+        found = embed(model, part, features=features, progress=show)
+        assert found.text is not None, "the index holds no sample without a caption"
+        reasons = {i: found.failures[key] for i in range(len(part)) if (key := part.key(i)) in found.failures}
+        valid = np.array([i not in reasons for i in range(len(part))])
+        assert valid.sum() == len(found.keys)
+        for all_rows, rows in ((images, found.image), (texts, found.text)):
+            all_rows.append(np.zeros((len(part), rows.shape[1]), np.float32))
+            all_rows[-1][valid] = rows
+        rejected |= {offset + i: reason for i, reason in reasons.items()}
+    return np.concatenate(images), np.concatenate(texts), rejected
 
 
 def validation(index: ShardIndex | None, workers: int) -> Callable[[Any], dict[str, float]] | None:
@@ -369,10 +413,10 @@ def dry_run(config: Config) -> str:
     Raises:
         UserError: the model cannot be built as asked.
     """
-    found = Path(config.data.train).exists()
+    found = all(_may_exist(folder) for folder in config.data.train_sets)
     choice, trained = wants_training(config), ""
     if choice is not None:
-        captions = open_index(config.data.train).captions() if found else ["no data to train a tokenizer on"]
+        captions = build_data(config).captions() if found else ["no data to train a tokenizer on"]
         trained = train_tokenizer(captions, choice.vocab_size, choice.lowercase).to_str()
     check_losses(config)
     model = build_model(config, trained)
@@ -381,11 +425,11 @@ def dry_run(config: Config) -> str:
     lines = [f"recipe is valid; run folder {config.run.dir}"]
     for name, module in (("image tower", model.image), ("text tower", model.text)):
         lines.append(f"{name:12s} {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters")
-    for split in ("train", "validation"):
-        folder = getattr(config.data, split)
+    sets = [("train", folder) for folder in config.data.train_sets]
+    for split, folder in [*sets, ("validation", config.data.validation)]:
         if folder is None:
             lines.append(f"{split:12s} none")
-        elif Path(folder).exists():
+        elif _may_exist(folder):
             lines.append(f"{split:12s} {folder}: {len(open_index(folder)):,} pairs")
         else:
             lines.append(f"{split:12s} {folder}: NOT FOUND; make it with `contrastive shard SOURCE {folder}`")

@@ -224,6 +224,11 @@ def test_a_dumped_recipe_is_plain_yaml_to_others(recipe):
 
 # What is wrong
 
+SETS = (
+    "expected a folder of shards (in quotes if it looks like something else), or several with whole numbers as "
+    "weights, such as {data/a: 1, data/b: 3}"
+)
+
 
 @pytest.mark.parametrize(
     "override, line",
@@ -240,8 +245,13 @@ def test_a_dumped_recipe_is_plain_yaml_to_others(recipe):
         ("run.seed=true", "run.seed: expected a whole number (value true)"),
         ("run.seed=1.5", "run.seed: expected a whole number (value 1.5)"),
         ("checkpoint.keep=true", "checkpoint.keep: expected a whole number (value true)"),
-        ("data.train=3", "data.train: expected text (in quotes if it looks like something else) (value 3)"),
-        ("data.train=''", 'data.train: expected text that is not empty (value "")'),
+        ("data.train=3", f"data.train: {SETS} (value 3)"),
+        ("data.train=''", f'data.train: {SETS} (value "")'),
+        ("data.train={}", f"data.train: {SETS} (value {{}})"),
+        ("data.train={a: 1, b: 0.5}", f'data.train: {SETS} (value {{"a": 1, "b": 0.5}})'),
+        ("data.window=0", "data.window: expected a number of at least 1 or null (value 0)"),
+        ("data.max_skip_rate=2", "data.max_skip_rate: expected a number of at most 1 (value 2)"),
+        ("data.timeout=0", "data.timeout: expected a number above 0 (value 0)"),
         ("checkpoint.every=x", 'checkpoint.every: expected a whole number or null (value "x")'),
         ("checkpoint.every=0", "checkpoint.every: expected a number of at least 1 or null (value 0)"),
         ("train.chunk=0", "train.chunk: expected a number of at least 1 or null (value 0)"),
@@ -388,7 +398,8 @@ train: {steps: 3, epochs: 2}
         "model.image.img_size: unknown key (value 48). Did you mean 'size'?",
         "model.text.heads: 3 does not divide model.text.width 256; use 2",
         "model.text.pool: 'end' needs model.text.causal true; use it, or pool 'mean'",
-        "data.train: missing; expected the folder of the training shards",
+        "data.train: missing; expected the folder of the training shards, or several with their weights: "
+        "{data/a: 1, data/b: 3}",
         "data.validation: expected text (in quotes if it looks like something else) or null (value 3)",
         "loss.kind: unknown kind (value \"margn\"). Did you mean 'margin'?",
         "optim.lr: expected a number (value \"fast\")",

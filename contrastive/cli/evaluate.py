@@ -1,4 +1,4 @@
-"""``contrastive evaluate``: what a model can do on one data set, with intervals, chance and a page to read; or two models."""
+"""``contrastive evaluate``: what a model can do on one data set, with intervals, chance and a page; or two models."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labels", metavar="A,B", help="classes of zero-shot (default: those of DATA)")
     labels.add_argument("--labels-file", metavar="FILE", help="the same, one a line")
+    parser.add_argument("--shots", metavar="N,N", help="of fewshot (default: of 1,2,4,8,16 those every class has)")
     parser.add_argument("--templates", metavar="T", help="none (default), short, or a file with one a line, with {}")
     parser.add_argument("--captions", choices=("first", "all"), default="all", help="of pairs (default: all)")
     parser.add_argument("--invert", action="store_true", help="turn the images into their negatives first")
@@ -117,6 +118,7 @@ def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str]) -> list[An
                 labelled,
                 args.templates,
                 labels=labels,
+                shots=_shots(args.shots),
                 label=args.label,
                 random_model=lambda: reinitialised(model),
                 **shared,
@@ -126,6 +128,15 @@ def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str]) -> list[An
         title = f"{name}, retrieval" if labelled else name
         found.append(evaluate_pairs(model, args.data, name=title, captions=args.captions, thorough=True, **shared))
     return found
+
+
+def _shots(text: str | None) -> list[int] | None:
+    from contrastive.errors import UserError
+
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--shots {text}: give numbers separated by commas, such as 1,4,16") from None
 
 
 def _write(folder: Any, results: dict[str, Any], found: list[Any]) -> None:

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier run in the same folder")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--allow-pipe", action="store_true", help="run the commands of pipe: shards; no recipe can")
     parser.add_argument("--dry-run", action="store_true", help="check the recipe, build the model, train nothing")
 
 
@@ -31,6 +32,10 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(dump_yaml(config), end="")
         return 0
+    if args.allow_pipe:
+        from contrastive.shards.storage import configure
+
+        configure(allow_pipe=True)
     if args.dry_run:
         from contrastive.pretrain import dry_run
 

@@ -33,6 +33,18 @@ def _span(low: int) -> Callable[[Any], int | str]:
     return check
 
 
+def _sets(value: Any) -> str | dict[str, int]:
+    """A folder of shards, or several with whole numbers as weights."""
+    text = "expected a folder of shards (in quotes if it looks like something else), or several with whole numbers "
+    text += "as weights, such as {data/a: 1, data/b: 3}"
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, dict) and value and all(isinstance(folder, str) and folder for folder in value):
+        if all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in value.values()):
+            return dict(value)
+    raise PydanticCustomError("sets", "{text}", {"text": text})
+
+
 Channels = Annotated[tuple[float, float, float], Field(strict=False)]
 
 
@@ -174,9 +186,23 @@ class AugmentConfig(Block):
 class DataConfig(Block):
     """The shards and how they are read."""
 
-    train: str = Field(min_length=1, description="the folder of the training shards")
+    train: Annotated[str | dict[str, int], PlainValidator(_sets)] = Field(
+        description="the folder of the training shards, or several with their weights: {data/a: 1, data/b: 3}"
+    )
     validation: str | None = Field(None, description="the folder of the validation shards")
+    window: int | None = Field(
+        32, ge=1, description="shards that are shuffled with each other, after the shards themselves; null: all"
+    )
     workers: int = Field(1, ge=0, description="loader processes per training process")
+    timeout: Positive = Field(
+        600.0, description="seconds after which a batch that a worker does not finish ends the run"
+    )
+    max_skip_rate: Share = Field(
+        0.01, description="share of unusable pairs, at the start and in the latest 10,000, that ends the run"
+    )
+    decode: Literal["exact", "fast"] = Field(
+        "exact", description="fast: a JPEG at a reduced scale where that is enough"
+    )
     cache: Literal["none", "pixels", "features"] = Field(
         "none",
         description="pixels: decode every image once, beside the shards (images of one size only); "
@@ -184,6 +210,11 @@ class DataConfig(Block):
     )
     caption_variants: Share = Field(0.0, description="probability of drawing one of a sample's further captions")
     augment: AugmentConfig = AugmentConfig()
+
+    @property
+    def train_sets(self) -> dict[str, int]:
+        """The folders of the training shards with their weights; one alone weighs 1."""
+        return {self.train: 1} if isinstance(self.train, str) else self.train
 
 
 class OptimConfig(Block):

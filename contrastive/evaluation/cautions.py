@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 REPEATED = 0.01  # of the test images
+USUAL_SHOTS = 16
 GIVEN_AWAY = 0.6  # right without the image
 
 
@@ -21,6 +22,9 @@ def reader_warnings(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 f"{name}: the best strength of the probe, C = {probe['C']:.3g}, is the {side} that was tried; "
                 "the optimum may lie beyond it"
             )
+        shots = found.get("shots", ())
+        if "fewshot" in found and max(shots, default=0) < USUAL_SHOTS:
+            lines.append(f"{name}: few shots end at {max(shots, default=0)}: the smallest class has no more images")
         unread = sum(found.get("rejected", {}).values())
         if unread:
             lines.append(f"{name}: {unread:,} images could not be read and are not counted")

@@ -18,7 +18,7 @@ from contrastive.evaluation.duplicates import nearest_embedding, nearest_look
 from contrastive.evaluation.embed import Embeddings
 from contrastive.evaluation.metrics import accuracies, class_ranks, confusion, expected_error, per_class, share
 
-LOOK, COSINE = 2, 0.99  # a repeated image: at most so many bits of 64, at least so near
+LOOK, COSINE = 8, 0.99  # a repeated image: at most so many bits of 256, at least so near
 SHOWN = 20  # repeated images that are named
 
 
@@ -82,7 +82,7 @@ def repeated_images(test: Embeddings, train: Embeddings, judged: Mapping[str, Ju
     """Test images that the training set seems to hold.
 
     `{"look": {"distance", "images"}, "embedding": {"cosine", "images"}, "both", "pairs", "without": {TASK: M}}`.
-    look: how many test images have a training image whose difference hash differs in at most `distance` of 64 bits;
+    look: how many test images have a training image whose difference hash differs in at most `distance` of 256 bits;
     embedding: … whose features before the projection have at least that cosine. pairs: the nearest by both,
     `[test key, train key, bits, cosine]`. without: top-1 on the test images that neither finds.
     """

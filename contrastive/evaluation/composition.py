@@ -1,8 +1,9 @@
 """Does the model read the order of words, or a bag of them? An image beside its caption and the caption's swap.
 
-The task is that of ARO's and Winoground's text side (Yuksekgonul et al. 2023; Thrush et al. 2022), made from the set's own
-captions: no language model writes the wrong ones, so they may be odd sentences. That is what the blind baseline is for:
-it sees the two captions and no image, and a set that it solves measures the captions, not the model (Hsieh et al. 2023).
+The task is that of ARO's and Winoground's text side (Yuksekgonul et al. 2023; Thrush et al. 2022), made from the set's
+own captions: no language model writes the wrong ones, so they may be odd sentences. The blind baseline is for that:
+it sees the two captions and no image, and a set that it solves measures the captions, not the model (Hsieh et al.
+2023).
 
 Shapes: P pairs of a right and a swapped caption, D dimensions.
 """
@@ -19,8 +20,9 @@ from contrastive.evaluation.metrics import share
 
 # Words that two things stand around. Longer ones first: "on top of" is not "on".
 BETWEEN = (
-    "to the left of", "to the right of", "in front of", "on top of", "next to", "left of", "right of", "behind", "above",
-    "below", "under", "over", "inside", "beside", "holding", "wearing", "with", "and", "near", "on", "in", "at", "of",
+    "to the left of", "to the right of", "in front of", "on top of", "next to", "left of", "right of", "behind",
+    "above", "below", "under", "over", "inside", "beside", "holding", "wearing", "with", "and", "near", "on",
+    "in", "at", "of",
 )  # fmt: skip
 _BETWEEN = re.compile(r"^(.+?)\s+(" + "|".join(BETWEEN) + r")\s+(.+?)([.!?]*)$", re.IGNORECASE | re.DOTALL)
 

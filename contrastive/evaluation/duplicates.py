@@ -16,16 +16,17 @@ TILE = 2048  # rows and columns of similarities held at a time: 16 MB
 
 
 def difference_hashes(images: Sequence[Image.Image]) -> NDArray[np.uint64]:
-    """The difference hash (dHash) of each image, uint64 (N,).
+    """The difference hash (dHash) of each image, 256 bits: uint64 (N, 4).
 
-    The image becomes 9 × 8 grey pixels, and each bit says whether a pixel is brighter than its right neighbour. It
-    survives resizing, recompression and a change of contrast. Two pictures with the same hash need not be the same
-    picture where there is little in them: look at those that are found.
+    The image becomes 17 × 16 grey pixels, and each bit says whether a pixel is brighter than its right neighbour by
+    more than 2 of 255, so that noise in flat areas flips none. The hash survives resizing and recompression: a few
+    bits change. The usual 64 bits are too few for small pictures of single objects: of 5,000 test images of
+    Fashion-MNIST, 325 have the 64-bit hash of a training image, and not one is a copy.
     """
-    small = [np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16) for image in images]
+    small = [np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX), np.int16) for image in images]
     pixels = np.stack(small)
-    bits = (pixels[:, :, :-1] > pixels[:, :, 1:]).reshape(len(images), 64)
-    return np.packbits(bits, axis=1).view(">u8").ravel().astype(np.uint64)
+    bits = (pixels[:, :, :-1] > pixels[:, :, 1:] + 2).reshape(len(images), 256)
+    return np.packbits(bits, axis=1).view(">u8").astype(np.uint64)
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Nearest:
     value: NDArray[np.float32]
 
 
-def nearest_look(test_N: ArrayLike, train_M: ArrayLike) -> Nearest:
-    """The training hash with the fewest differing bits, of 64, from each test hash; of equal ones the first."""
-    found = _nearest(_signs(test_N), _signs(train_M))
-    return Nearest(found.row, (64 - found.value) / 2)
+def nearest_look(test_N4: ArrayLike, train_M4: ArrayLike) -> Nearest:
+    """The training hash with the fewest differing bits, of 256, from each test hash; of equal ones the first."""
+    found = _nearest(_signs(test_N4), _signs(train_M4))
+    return Nearest(found.row, (256 - found.value) / np.float32(2))
 
 
 def nearest_embedding(test_ND: NDArray[np.float32], train_MD: NDArray[np.float32]) -> Nearest:
@@ -65,8 +66,8 @@ def _blocks(rows: NDArray[np.float32]) -> Iterator[tuple[int, NDArray[np.float32
 
 
 def _signs(hashes: ArrayLike) -> NDArray[np.float32]:
-    """Bits as -1 and 1, (N, 64): a product of two rows is 64 minus twice the number of differing bits."""
-    columns = np.asarray(hashes, np.uint64).astype(">u8").view(np.uint8).reshape(-1, 8)
+    """Bits as -1 and 1, (N, 256): a product of two rows is 256 minus twice the number of differing bits."""
+    columns = np.ascontiguousarray(np.asarray(hashes, np.uint64).astype(">u8")).view(np.uint8)
     return np.unpackbits(columns, axis=1).astype(np.float32) * 2 - 1
 
 

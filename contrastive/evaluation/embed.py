@@ -27,6 +27,7 @@ from contrastive.evaluation.duplicates import difference_hashes
 from contrastive.evaluation.protocol import Model, inference
 from contrastive.images import to_rgb
 from contrastive.shards import Record, Rejected, ShardIndex, Source, decode_image, open_source
+from contrastive.shards.sources import ShardSource
 
 Images = str | PathLike[str] | Source | ShardIndex | Sequence[Any]
 Progress = Callable[[int, int], None]  # images done, images in all
@@ -43,7 +44,7 @@ class Embeddings:
     keys, labels: lists of N; labels is None when some image has none.  captions: a list of T texts ("" where there is
     none), None when the source has none.  failures: key -> reason, of the images that were left out.
     image_tower (N, F), text_tower (T, E): the features before the projection, with features="both".
-    looks: uint64 (N,), the perceptual hashes (see `duplicates`), with features="both".  content: a hash of what was
+    looks: uint64 (N, 4), the perceptual hashes (see `duplicates`), with features="both".  content: a hash of what was
     read: keys, labels, captions and the bytes of every image.
     """
 
@@ -198,8 +199,8 @@ def check_readable(source: Images, read: int, failures: dict[str, str], limit: f
     if len(failures) > limit * total:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in Counter(failures.values()).most_common(3))
         raise UserError(
-            f"{_name(source)}: {len(failures)} of {total} images cannot be read ({reasons}; first {next(iter(failures))}), "
-            f"the limit is {limit:.1%}; mend them or raise the limit"
+            f"{_name(source)}: {len(failures)} of {total} images cannot be read ({reasons}; first "
+            f"{next(iter(failures))}), the limit is {limit:.1%}; mend them or raise the limit"
         )
 
 
@@ -341,7 +342,7 @@ def open_images(source: Images) -> Iterable[Record]:
     if isinstance(source, Source):
         return source
     if isinstance(source, ShardIndex):
-        return _IndexRecords(source)
+        return ShardSource(source)
     if isinstance(source, (str, PathLike)):
         return open_source(source)
     if not len(source):
@@ -350,19 +351,6 @@ def open_images(source: Images) -> Iterable[Record]:
         if not isinstance(item, (str, PathLike, Image.Image, Record)):
             raise UserError(f"images: a list of PIL images or paths is needed, it holds a {type(item).__name__}")
     return list(source)  # decoded item by item: see `_decode`
-
-
-class _IndexRecords:
-    """The samples of a shard index, in order."""
-
-    def __init__(self, index: ShardIndex) -> None:
-        self.index = index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self.index.record(i) for i in range(len(self.index)))
 
 
 def _decoded(
@@ -396,13 +384,21 @@ def _decode(numbered: tuple[int, Any]) -> tuple[Record, Image.Image | Rejected, 
 def read_item(number: int, item: Any) -> tuple[Record, Image.Image | Rejected | None]:
     """One item of a source as a record with its bytes; the image beside it where there are no bytes to decode."""
     if isinstance(item, Record):
-        return item, None
+        return item, None if item.fault is None else Rejected(item.fault)
     if isinstance(item, Image.Image):
         return Record(f"image {number}", None), item
     try:
         return Record(str(item), Path(item).read_bytes()), None
     except OSError as error:
         return Record(str(item), None), Rejected((error.strerror or str(error)).lower())
+
+
+def decoded_images(source: Images, *, invert: bool = False, workers: int = 0) -> Iterator[Image.Image]:
+    """The images of a source that can be read, in its order: those, and as, `embed` sees them."""
+    for batch in _decoded(open_images(source), 256, workers):
+        for _, image, _ in batch:
+            if not isinstance(image, Rejected):
+                yield ImageOps.invert(image) if invert else image
 
 
 def content_hash(record: Record, image: Image.Image | Rejected | None) -> bytes:

@@ -74,7 +74,7 @@ def draw_examples(
     missed = missed[np.argsort(probabilities_NK[missed, target_N[missed]], kind="stable")][:count]
     images = _images(source, {found.keys[row] for row in (*right, *wrong, *missed, *hit_QK.ravel())}, invert)
 
-    def case(row: int) -> Case:
+    def case(row: Any) -> Case:
         order = np.argsort(-probabilities_NK[row])[:3]
         guesses = [(names[k], float(probabilities_NK[row, k])) for k in order]
         return Case(images[found.keys[row]], names[target_N[row]], guesses)

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 INK = "#7a8088"  # reads on a light and on a dark page
-COLOURS = ("#3b7dd8", "#d9822b", "#3a9a6a", "#b4529a")
+COLOURS = ("#3b7dd8", "#d9822b", "#3a9a6a", "#b4529a", "#c0504d", "#2f9fa8")
 
 SHARES = ("Validation recall@1", "Validation zero-shot", "Share of time waiting for data")
 
@@ -88,6 +89,50 @@ def reliability_diagram(tasks: Mapping[str, Sequence[Mapping[str, float]]]) -> s
     return done[0]
 
 
+def shots_figure(rows: Sequence[Mapping[str, Any]], zeroshot: float | None = None) -> str:
+    """Top-1 over the number of shots, a line a method with the band of its interval, as SVG text.
+
+    rows: as `few_shot` gives them. zeroshot: the accuracy without any shot, a dotted line.
+    """
+    with _axes("training images a class", (4.4, 3.2)) as (axes, done):
+        methods = list(dict.fromkeys(str(row["method"]) for row in rows))
+        for method, colour in zip(methods, cycle(COLOURS)):
+            own = sorted((row for row in rows if row["method"] == method), key=lambda row: int(row["shots"]))
+            x = [int(row["shots"]) for row in own]
+            value, low, high = ([float(row["top1"][name]) for row in own] for name in ("value", "low", "high"))
+            axes.plot(x, value, color=colour, marker="o", markersize=3, linewidth=1.4, label=method)
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        if zeroshot is not None:
+            axes.axhline(zeroshot, color=INK, linewidth=1, linestyle=":", label="zero-shot")
+        shots = sorted({int(row["shots"]) for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(shots, [str(count) for count in shots])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return done[0]
+
+
+def neighbours_figure(rows: Sequence[Mapping[str, float]]) -> str:
+    """Validation accuracy over the number of neighbours, a line a temperature, as SVG text.
+
+    rows: `{"k", "temperature", "accuracy"}` of all that were tried.
+    """
+    with _axes("neighbours", (4.4, 3.2)) as (axes, done):
+        temperatures = sorted({float(row["temperature"]) for row in rows})
+        for temperature, colour in zip(temperatures, cycle(COLOURS)):
+            own = sorted((int(r["k"]), float(r["accuracy"])) for r in rows if float(r["temperature"]) == temperature)
+            x, y = zip(*own, strict=True)
+            label = f"temperature {temperature:g}"
+            axes.semilogx(x, y, color=colour, marker="o", markersize=3, linewidth=1.4, label=label)
+        ticks = sorted({int(row["k"]) for row in rows})
+        axes.set_xticks(ticks, [str(count) for count in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return done[0]
+
+
 @dataclass(frozen=True)
 class Map:
     """Images as points: xy float (M, 2), their classes int (M,), the names of the classes, and how it was made."""
@@ -125,10 +170,8 @@ def map_figure(found: Map) -> str:
     """The map as SVG text: a point an image, a colour a class, and each class's name at its middle (up to 30)."""
     with _axes("", (6.4, 5.2)) as (axes, done):
         colours = matplotlib.colormaps["hsv"](np.linspace(0, 1, len(found.names), endpoint=False))[:, :3] * 0.82
-        for index, name in enumerate(found.names):
+        for index in range(len(found.names)):
             own = found.xy[found.classes == index]
-            if not len(own):
-                continue
             axes.plot(own[:, 0], own[:, 1], ".", markersize=3.5, alpha=0.55, color=colours[index], markeredgewidth=0)
         for index, name in enumerate(found.names if len(found.names) <= 30 else ()):
             own = found.xy[found.classes == index]

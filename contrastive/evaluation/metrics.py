@@ -4,8 +4,8 @@ Shapes: N samples, K classes, R resamples. A rank counts from 0: the number of w
 as the right one. Ties therefore count *against* the model, so that a collapsed tower (all scores equal) gets 0
 and not 1; a score that is not a number counts as a tie.
 
-How often each sample occurs in a resample is one multinomial draw. Where samples take few values (right or wrong, a class,
-a rank) the draw is over the values with their counts: the same distribution, without a table of R x N.
+How often each sample occurs in a resample is one multinomial draw. Where samples take few values (right or wrong, a
+class, a rank) the draw is over the values with their counts: the same distribution, without a table of R x N.
 """
 
 from __future__ import annotations

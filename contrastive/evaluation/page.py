@@ -43,7 +43,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") ->
         return ""
     title = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table class="{kind}"><thead><tr>{title}</tr></thead><tbody>{body}</tbody></table></div>\n'
+    head = f"<thead><tr>{title}</tr></thead>"
+    return f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>\n'
 
 
 def figure(title: str, svg: str) -> str:

@@ -21,8 +21,8 @@ class Predictions:
 def write_predictions(path: str | Path, found: Predictions, *, top_k: int = 5) -> Path:
     """Write a Parquet file with one row an image and return its path.
 
-    Columns: `key`, `label`, and for each task `TASK` (the likeliest class), `TASK_labels` and `TASK_probabilities` (lists
-    of the `top_k` likeliest, best first).
+    Columns: `key`, `label`, and for each task `TASK` (the likeliest class), `TASK_labels` and `TASK_probabilities`
+    (lists of the `top_k` likeliest, best first).
     """
     import pyarrow as pa
     import pyarrow.parquet

@@ -54,11 +54,11 @@ def rank_both(
     Memory beside the features and a sorted copy of them: a few tiles. Raises `UserError` beyond 10 million rows.
     """
     query, candidate = (torch.as_tensor(rows).float() for rows in (query_QD, candidate_ND))
-    for rows in (query, candidate):
-        if len(rows) > LARGEST:
+    for features in (query, candidate):
+        if len(features) > LARGEST:
             raise UserError(
-                f"retrieval: {len(rows):,} rows; exact ranks are counted up to {LARGEST:,}: use a part of them, or an "
-                "approximate index such as faiss (pip install faiss-cpu) on the embeddings"
+                f"retrieval: {len(features):,} rows; exact ranks are counted up to {LARGEST:,}: use a part of them, or "
+                "an approximate index such as faiss (pip install faiss-cpu) on the embeddings"
             )
     # Sorted by id, right answers lie beside each other: only a narrow band of the matrix has to be looked at for them.
     query, query_ids, query_order = _sorted(query, query_ids_Q)

@@ -1,13 +1,19 @@
-"""Sections of the page about one labelled set or set of pairs: calibration, confusion, classes, duplicates, failures."""
+"""Sections of the page about one set: calibration, confusion, classes, few shots, neighbours, duplicates, failures."""
 
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from contrastive.evaluation.figures import Map, map_figure, reliability_diagram, strength_curve
+from contrastive.evaluation.figures import (
+    Map,
+    map_figure,
+    neighbours_figure,
+    reliability_diagram,
+    shots_figure,
+    strength_curve,
+)
 from contrastive.evaluation.page import details, figure, percent, section, table
 
 JUDGED = {"zeroshot": "zero-shot", "probe": "linear probe"}
@@ -26,6 +32,11 @@ def set_sections(name: str, found: Mapping[str, Any], points: Map | None = None)
     if len(curve.get("validation_curve", ())) > 1:
         drawn = figure("Validation accuracy by strength", strength_curve(curve["validation_curve"], curve["C"]))
         yield section(f"{name}: the strength of the probe", f'<div class="curves">{drawn}</div>')
+    if found.get("fewshot"):
+        zeroshot = found.get("zeroshot", {}).get("top1", {}).get("value")
+        yield section(f"{name}: few shots", _few_shots(found["fewshot"], zeroshot), SHOTS_NOTE)
+    if found.get("knn"):
+        yield section(f"{name}: nearest neighbours", _neighbours(found["knn"]), NEIGHBOURS_NOTE)
     if points is not None:
         note = f"Each point is an image, coloured by its class. {points.method[0].upper()}{points.method[1:]}."
         yield section(f"{name}: how the model places the images", f'<div class="map">{map_figure(points)}</div>', note)
@@ -35,9 +46,6 @@ def set_sections(name: str, found: Mapping[str, Any], points: Map | None = None)
         yield section(f"{name}: hubs", _hubs(found["hubness"]), HUBS_NOTE)
     if "duplicates" in found:
         yield section(f"{name}: test images that the training set holds", _duplicates(found["duplicates"]))
-    for key in ("fewshot", "knn"):
-        if found.get(key):
-            yield details(f"{name}: {key}, all numbers", json.dumps(found[key], indent=1, default=str))
     failures = found.get("failures", {})
     if failures:
         listed = "\n".join(f"{key}: {reason}" for key, reason in failures.items())
@@ -45,13 +53,21 @@ def set_sections(name: str, found: Mapping[str, Any], points: Map | None = None)
 
 
 CALIBRATION_NOTE = (
-    "Among the answers given 80 %, 80 of 100 should be right: the closer to the dotted line, the better. ECE is the mean "
-    "distance from it (expected calibration error, 15 bins); the temperature was set on training images held out."
+    "Among the answers given 80 %, 80 of 100 should be right: the closer to the dotted line, the better. ECE is the "
+    "mean distance from it (expected calibration error, 15 bins); the temperature was set on training images held out."
 )
 CONFUSION_NOTE = "Rows: the true class; columns: the answer, in the same order. Percent of the row's images."
+SHOTS_NOTE = (
+    "Top-1 in percent after so many training images a class; below it, where it falls over the draws of these images "
+    "(95 %). Strengths are chosen within the shots."
+)
+NEIGHBOURS_NOTE = (
+    "The class that the most similar training images vote for, each with weight exp(similarity / temperature). Both "
+    "settings are chosen on training images held out; the test images are used once."
+)
 ORDER_NOTE = (
-    "The caption beside itself with two parts exchanged; chance is 50 %. Blind: the same choice without the image. If that "
-    "is far from 50 %, the captions give the answer away."
+    "The caption beside itself with two parts exchanged; chance is 50 %. Blind: the same choice without the image. If "
+    "that is far from 50 %, the captions give the answer away."
 )
 HUBS_NOTE = (
     "How often each answer is among the ten nearest of a query. Skewness well above 1: a few answers are found by "
@@ -123,6 +139,41 @@ def _classes(rows: list[dict[str, Any]]) -> str:
     return table(("worst first", "images", "recall, %", "precision, %", "most often taken for"), cells, "classes")
 
 
+def _few_shots(rows: list[dict[str, Any]], zeroshot: float | None) -> str:
+    """A table of methods by shots, the value above its interval, and the same as a figure."""
+    shots = sorted({int(row["shots"]) for row in rows})
+    cell = {(str(row["method"]), int(row["shots"])): row["top1"] for row in rows}
+    lines = []
+    for method in dict.fromkeys(str(row["method"]) for row in rows):
+        cells = "".join(_stacked(cell.get((method, count))) for count in shots)
+        lines.append(f"<tr><td>{html.escape(method)}</td>{cells}</tr>")
+    head = "".join(f"<th>{count} shot{'s' if count > 1 else ''}</th>" for count in shots)
+    body = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    drawn = figure("Top-1 by shots", shots_figure(rows, zeroshot))
+    return f'<div class="scroll"><table class="shots">{body}</table></div>\n<div class="curves">{drawn}</div>'
+
+
+def _stacked(entry: Mapping[str, float] | None) -> str:
+    if entry is None:
+        return "<td>–</td>"
+    interval = f"{100 * entry['low']:.1f} – {100 * entry['high']:.1f}"
+    return f"<td>{100 * entry['value']:.1f}<small>{interval}</small></td>"
+
+
+def _neighbours(found: Mapping[str, Any]) -> str:
+    """What was chosen and what it gives; the validation accuracies that it was chosen by, where they are there.
+
+    found: as `knn_sweep` gives it: `{"k", "temperature", "top1": M, "validation": [{"k", "temperature", "accuracy"}]}`.
+    """
+    head = ("neighbours", "temperature", "top-1, %")
+    text = table(head, [[f"{found['k']}", f"{found['temperature']:g}", _interval(found["top1"])]])
+    tried = found.get("validation", ())
+    if len(tried) > 1:
+        drawn = figure("Validation accuracy by neighbours and temperature", neighbours_figure(tried))
+        text += f'<div class="curves">{drawn}</div>'
+    return text
+
+
 def _composition(found: Mapping[str, Any]) -> str:
     rows = [[name, f"{found['pairs']:,}", _interval(found[name])] for name in ("model", "blind")]
     return table(("", "captions", "right, %"), rows)
@@ -144,7 +195,7 @@ def _hubs(found: Mapping[str, Any]) -> str:
 def _duplicates(found: Mapping[str, Any]) -> str:
     look, place = found["look"], found["embedding"]
     rows = [
-        [f"look: at most {look['distance']} of 64 bits of the hash differ", f"{look['images']:,}"],
+        [f"look: at most {look['distance']} of 256 bits of the hash differ", f"{look['images']:,}"],
         [f"embedding: cosine of at least {place['cosine']}", f"{place['images']:,}"],
         ["both", f"{found['both']:,}"],
     ]

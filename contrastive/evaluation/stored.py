@@ -1,22 +1,20 @@
 """Embeddings on disk: made once, resumed where a run was killed, read again only for the same model and the same data.
 
 A cache folder holds one folder for each (model, preprocessing, precision, options, source). In it every array is one
-`.npy` file with a row for each item of the source, and `parts/` has one small file for each 1,024 items, written after
-their rows: it holds the hash of the items (keys, labels, captions and the bytes of every image) and what became of each.
-A part whose hash is not that of the items at hand is made again, so stale rows are never read. Items are numbered, parts
-are contiguous, and each rank takes a contiguous slice of the parts: nothing is padded, and the number of ranks may
-change between a killed run and its continuation.
+`.npy` file with a row for each item of the source, and `parts/` has one small file for each 1,024 items, written
+after their rows: it holds the hash of the items (keys, labels, captions and the bytes of every image) and what became
+of each. A part whose hash is not that of the items at hand is made again, so stale rows are never read. Items are
+numbered, parts are contiguous, and each rank takes a contiguous slice of the parts: nothing is padded, and the number
+of ranks may change between a killed run and its continuation.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import json
 import os
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
 
+from contrastive.errors import UserError
 from contrastive.evaluation.embed import (
     Embeddings,
     Images,
@@ -40,7 +39,7 @@ from contrastive.evaluation.embed import (
     read_item,
 )
 from contrastive.evaluation.protocol import Model
-from contrastive.shards import Record, ShardIndex
+from contrastive.shards import Record, Source
 
 FORMAT = 1
 PART = 1024  # items: what a killed run may lose, and the bytes of so many images are held at a time
@@ -62,7 +61,7 @@ def embed_stored(
 ) -> Embeddings:
     """See `embed`: the same rows, kept in the folder `cache`, from all ranks of the process group."""
     records = open_images(source)
-    total = len(records)  # type: ignore[arg-type]
+    total, parts = _cut(records)
     identity = {
         "format": FORMAT,
         "model": model_hash(model),
@@ -77,12 +76,12 @@ def embed_stored(
     (folder / "parts").mkdir(parents=True, exist_ok=True)
 
     make = {"image": on_images(model, features)}
-    parts = -(-total // PART)
-    first, last = _slice(parts)
-    stream = iter(_items(records, first * PART, min(last * PART, total)))
+    first, last = _slice(len(parts))
     for part in range(first, last):
         start = part * PART
-        items = [read_item(start + offset, item) for offset, item in enumerate(islice(stream, PART))]
+        items = [read_item(start + offset, item) for offset, item in enumerate(parts[part])]
+        if len(items) != min(PART, total - start):
+            raise UserError(f"{source}: its number of rows changed while it was read; try again")
         content = _digest(*(content_hash(*item) for item in items))
         file = folder / "parts" / f"image-{part:06d}.json"
         if _part(file).get("content") != content or not (folder / "image.npy").exists():
@@ -99,7 +98,7 @@ def embed_stored(
             progress(min(start + PART, last * PART, total), total)
     _wait()
 
-    found = [_part(folder / "parts" / f"image-{part:06d}.json") for part in range(parts)]
+    found = [_part(folder / "parts" / f"image-{part:06d}.json") for part in range(len(parts))]
     every = [item for part in found for item in part["items"]]
     kept = [Record(key, None, tuple(captions), label) for key, label, captions, reason in every if reason is None]
     failures = {key: reason for key, _, _, reason in every if reason is not None}
@@ -114,7 +113,7 @@ def embed_stored(
     text_files = _texts(model, folder, texts, features, batch_size, dtype)
     _wait()
     of_image = {kind: _rows(folder / f"{kind}.npy", read) for kind in _kinds(folder, features)}
-    of_text = {kind: np.load(file, mmap_mode="r") for kind, file in text_files.items()}
+    of_text = {kind: np.load(file, mmap_mode="c") for kind, file in text_files.items()}
     if _rank()[0] == 0:
         summary = {
             **identity,
@@ -176,18 +175,12 @@ def _texts(
     return files
 
 
-def _items(records: Iterable[Any], start: int, stop: int) -> Iterable[Any]:
-    """Items start … stop-1, without reading the bytes of those before where the source allows it."""
-    index = getattr(records, "index", None)
-    if isinstance(index, ShardIndex):
-        return (index.record(number) for number in range(start, stop))
-    if isinstance(records, list):
-        return records[start:stop]
-    if getattr(records, "kind", None) == "images":
-        part = copy.copy(records)
-        part.files, part.limit = records.files[start:stop], None  # type: ignore[attr-defined]
-        return part
-    return islice(records, start, stop)
+def _cut(records: Any) -> tuple[int, list[Iterable[Any]]]:
+    """The number of items, and the items in parts, none of which is read yet."""
+    if isinstance(records, Source):
+        cut = records.cut(PART)
+        return sum(segment.rows for part in cut for segment in part.segments), [records.read(part) for part in cut]
+    return len(records), [records[start : start + PART] for start in range(0, len(records), PART)]
 
 
 def _kinds(folder: Path, features: str) -> Iterator[str]:
@@ -196,8 +189,11 @@ def _kinds(folder: Path, features: str) -> Iterator[str]:
 
 
 def _rows(file: Path, read_N: NDArray[np.bool_]) -> NDArray[Any]:
-    """The rows of what could be read: memory-mapped as they are, or copied where some have to be left out."""
-    rows: NDArray[Any] = np.load(file, mmap_mode="r")
+    """The rows of what could be read: memory-mapped as they are, or copied where some have to be left out.
+
+    Copy-on-write ("c"): torch takes the memory without a warning, and nothing that is written reaches the file.
+    """
+    rows: NDArray[Any] = np.load(file, mmap_mode="c")
     return rows if read_N.all() else rows[read_N]
 
 

@@ -6,12 +6,12 @@ evaluate_labelled}, "seconds": {part: seconds}}`; `run` and `seconds` may be abs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """One measurement; `part` heads a group of rows. `value`, `low`, `high`, `chance` are shares of 1 when `unit` is "%"."""
+    """One measurement; `part` heads a group of rows. `value`, `low`, `high`, `chance`: shares of 1 if `unit` is "%"."""
 
     part: str
     task: str
@@ -69,8 +69,20 @@ def _labelled_rows(found: dict[str, Any]) -> Iterator[Row]:
         if probe and "top1" in probe:
             yield _row(part, f"{title}, top-1", probe["top1"])
     yield from _error_rows(part, "linear probe", found.get("probe", {}))
+    yield from _few_shot_rows(part, found.get("fewshot", ()))
+    if found.get("knn"):
+        yield _row(part, f"{found['knn']['k']} nearest neighbours, top-1", found["knn"]["top1"])
     if "retrieval" in found:
         yield from _retrieval_rows(part, found["retrieval"])
+
+
+def _few_shot_rows(part: str, rows: Sequence[dict[str, Any]]) -> Iterator[Row]:
+    """Each method at the fewest and at the most shots; the page has them all."""
+    shots = {int(row["shots"]) for row in rows}
+    for row in rows:
+        if row["shots"] in (min(shots), max(shots)):
+            plural = "s" if row["shots"] > 1 else ""
+            yield _row(part, f"{row['shots']} shot{plural}, {row['method']}, top-1", row["top1"])
 
 
 def _error_rows(part: str, title: str, found: dict[str, Any]) -> Iterator[Row]:

@@ -1,12 +1,11 @@
 """The evaluations that commands and the end of a training run share: a labelled set, and a set of pairs.
 
-Each returns `Evaluation`: `results` is plain data for JSON, the rest is for the report, the table of predictions and the
-comparison of two models. Every image goes through the model once, whatever the number of tasks.
+Each returns `Evaluation`: `results` is plain data for JSON, the rest is for the report, the table of predictions and
+the comparison of two models. Every image goes through the model once, whatever the number of tasks.
 """
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,16 +20,16 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from contrastive.errors import UserError
+from contrastive.evaluation.checks import check_finite, check_known, check_trained, possible_shots
 from contrastive.evaluation.classification import Judged, judge, repeated_images
 from contrastive.evaluation.composition import pair_scores, swapped
-from contrastive.evaluation.controls import probe_with_controls
 from contrastive.evaluation.embed import Embeddings, Images, Progress, embed, embed_texts
 from contrastive.evaluation.examples import Examples, draw_examples
 from contrastive.evaluation.figures import Map, embedding_map
 from contrastive.evaluation.labelled import open_labelled
 from contrastive.evaluation.metrics import share
 from contrastive.evaluation.predictions import Predictions
-from contrastive.evaluation.probe import LinearProbe
+from contrastive.evaluation.probed import fit_probes, judge_probe, pixel_rows
 from contrastive.evaluation.protocol import Model
 from contrastive.evaluation.retrieval import hubness, rank_both, recalls, retrieval_ranks, summary
 from contrastive.evaluation.templates import read_templates
@@ -185,6 +184,7 @@ def evaluate_labelled(
     templates: str | Path | Sequence[str] | None = None,
     *,
     labels: Sequence[str] | None = None,
+    shots: Sequence[int] | None = None,
     label: str | None = None,
     invert: bool = False,
     random_model: Callable[[], Model] | None = None,
@@ -204,19 +204,22 @@ def evaluate_labelled(
             without.  test: what is measured on.
         tasks: some of `LABELLED_TASKS`.  templates: see `ZeroShotClassifier`.
         labels: the classes of zero-shot, when there are more than `test` holds; None takes those of `test`.
+        shots: training images a class of "fewshot"; None takes those of 1, 2, 4, 8, 16 that every class has.
         label: column of the labels.  invert, cache, max_unreadable, workers: see `embed`.
-        random_model: see `probe_with_controls`.
+        random_model: makes the same architecture with fresh weights, the probe's control; None leaves it out.
         examples: how many right, wrong and most wrong cases to keep images of.
 
     Returns:
         results: `{"name", "kind": "labelled", "samples", "classes", "invert", "templates", "rejected", "failures",
-        "content", "seconds"}` and a part for each task: "zeroshot" and "probe" as in `judge` (the probe's accuracies
-        and controls as in `probe_with_controls`), "fewshot" and "knn" as those functions give them, "retrieval" as in
-        `recalls`, between images and the prompts of their labels. With `train`: "duplicates".
+        "content", "content_train", "seconds"}` and a part for each task: "zeroshot" and "probe" as in `judge` (the
+        probe with "model", "random" and "pixels" as in `fit_probes`), "fewshot" and "knn" as those functions give
+        them ("shots": those that were tried), "retrieval" as in `recalls`, between images and the prompts of their
+        labels. With `train`: "duplicates".
 
     Raises:
         UserError: an unknown task, no labels, a label of `test` that is not in `labels`, a task that needs `train`
-        without it, a class of `test` that `train` has not, too many unreadable images, features that are not finite.
+        without it, a class of `test` that `train` has not, a class with fewer images than `shots`, too many unreadable
+        images, features that are not finite.
     """
     started = time.perf_counter()
     unknown = [task for task in tasks if task not in LABELLED_TASKS]
@@ -228,7 +231,7 @@ def evaluate_labelled(
             f"{name}: tasks: {', '.join(need)} needs a labelled training set beside the test set; name one as train"
         )
 
-    def read(source: Images) -> tuple[Images, Embeddings, NDArray[np.str_]]:
+    def read(source: Images, model: Model) -> tuple[Images, Embeddings, NDArray[np.str_]]:
         opened = open_labelled(source, label=label)
         kept = source if label is None and isinstance(source, (str, PathLike)) else opened  # a path names its cache
         found = embed(
@@ -249,9 +252,9 @@ def evaluate_labelled(
         check_finite(str(source), found.keys, found.image)
         return kept, found, np.asarray(found.labels)
 
-    source, found, test_labels = read(test)
+    source, found, test_labels = read(test, model)
     names = check_labels(sorted(set(test_labels)) if labels is None else labels)
-    _check_known(name, test_labels, names)
+    check_known(name, test_labels, names)
     target = _positions(test_labels, names)
     templates_used = read_templates(templates)
     prompts = [template.replace("{}", one) for one in names for template in templates_used]
@@ -270,9 +273,21 @@ def evaluate_labelled(
     timed = _Clock()
     train_found, train_labels = None, np.empty(0, str)
     if train is not None:
-        _, train_found, train_labels = read(train)
+        train_source, train_found, train_labels = read(train, model)
+        results["content_train"] = train_found.content
         if need:
-            _check_trained(name, train, train_labels, test_labels)
+            check_trained(name, train, train_labels, test_labels)
+        if "fewshot" in tasks:
+            results["shots"] = possible_shots(name, train_labels, shots, SHOTS)
+    controls: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+    if "probe" in tasks:
+        assert train is not None
+        if random_model is not None:
+            fresh = random_model()
+            towers = [read(one, fresh)[1].image_tower for one in (train, test)]
+            assert towers[0] is not None and towers[1] is not None
+            controls["random"] = (towers[0], towers[1])
+        controls["pixels"] = pixel_rows((train_source, source), invert=invert)
     results["seconds_embedding"] = time.perf_counter() - started
     judged: dict[str, Judged] = {}
     samples: dict[str, NDArray[Any]] = {}
@@ -288,21 +303,15 @@ def evaluate_labelled(
             results["zeroshot"] = judged["zeroshot"].results
     if "probe" in tasks:
         with timed("probe"):
-            assert train is not None and train_found is not None
-            outcome = probe_with_controls(
-                model,
-                train,
-                source,
-                random_model,
-                label=label,
-                invert=invert,
-                seed=seed,
-                batch_size=batch_size,
-                dtype=dtype,
-                progress=progress,
+            assert train_found is not None
+            assert found.image_tower is not None and train_found.image_tower is not None
+            fitted = {"model": (train_found.image_tower, found.image_tower), **controls}
+            probe, measured = fit_probes(fitted, train_labels, test_labels, seed=seed)
+            judged["probe"] = judge_probe(
+                probe, train_found.image_tower, train_labels, found.image_tower, test_labels, seed=seed
             )
-            judged["probe"] = _judge_probe(outcome.probe, train_found, train_labels, found, test_labels, seed)
-            results["probe"] = outcome.results | judged["probe"].results
+            sizes = {"train_size": len(train_labels), "test_size": len(test_labels), "classes": len(probe.classes_)}
+            results["probe"] = sizes | {"features": "tower"} | measured | judged["probe"].results
     if need:
         assert train_found is not None
         train_target = _positions(train_labels, sorted(set(train_labels)))
@@ -311,17 +320,24 @@ def evaluate_labelled(
         from contrastive.evaluation.fewshot import few_shot
 
         with timed("fewshot"):
+            assert train_found is not None
             text_DK = ZeroShotClassifier(
                 model, sorted(set(train_labels)), templates_used, batch_size=batch_size, dtype=dtype
             ).weights_
-            shots = [count for count in SHOTS if count <= np.bincount(train_target).min()] or [1]
             results["fewshot"] = few_shot(
-                train_found.image, train_target, found.image, test_target, text_DK, shots=shots, seeds=SEEDS
+                train_found.image,
+                train_target,
+                found.image,
+                test_target,
+                text_DK,
+                shots=results["shots"],
+                seeds=SEEDS,
             )
     if "knn" in tasks:
         from contrastive.evaluation.knn import knn_sweep
 
         with timed("knn"):
+            assert train_found is not None
             results["knn"] = knn_sweep(train_found.image, train_target, found.image, test_target)
     if "retrieval" in tasks:
         with timed("retrieval"):
@@ -347,18 +363,8 @@ def evaluate_labelled(
                 source, found, one.probabilities, one.names, one.target, examples, task=task, seed=seed, invert=invert
             )
     chances = {task: (one.names, one.probabilities) for task, one in judged.items()}
-    predictions = Predictions(found.keys, found.labels, chances)
+    predictions = Predictions(found.keys, test_labels.tolist(), chances)
     return Evaluation(results, shown, predictions, samples, found.keys, points)
-
-
-def check_finite(name: str, keys: Sequence[str], rows_ND: NDArray[np.floating]) -> None:
-    """Raises `UserError` with the first image or caption whose features are not numbers."""
-    bad = ~np.isfinite(rows_ND).all(axis=1)
-    if bad.any():
-        raise UserError(
-            f"{name}: {bad.sum()} of {len(bad)} feature rows are not finite, the first is that of "
-            f"{keys[int(bad.argmax())]}; the model or the precision is broken: try another --dtype, or train again"
-        )
 
 
 class _Clock:
@@ -377,43 +383,6 @@ class _Clock:
 def _positions(labels: Any, names: Sequence[str]) -> NDArray[np.int64]:
     place = {name: index for index, name in enumerate(names)}
     return np.asarray([place[label] for label in labels], dtype=np.int64)
-
-
-def _check_known(name: str, found: NDArray[np.str_], names: Sequence[str]) -> None:
-    """Zero-shot: every label of the set is among those given."""
-    missing = sorted(set(found) - set(names))
-    if missing:
-        close = difflib.get_close_matches(missing[0], names, n=1)
-        hint = f"; did you mean '{missing[0]}' by '{close[0]}'?" if close else ""
-        raise UserError(f"{name}: labels that are not among those given: {', '.join(missing[:5])}{hint}")
-
-
-def _check_trained(name: str, train: Images, train_labels: Any, test_labels: Any) -> None:
-    unknown = sorted(set(test_labels) - set(train_labels))
-    if unknown:
-        raise UserError(
-            f"{name}: labels that {train} has not: {', '.join(unknown[:5])}; take them out or train on them"
-        )
-
-
-def _judge_probe(
-    probe: LinearProbe,
-    train: Embeddings,
-    train_labels: NDArray[np.str_],
-    test: Embeddings,
-    test_labels: NDArray[np.str_],
-    seed: int,
-) -> Judged:
-    """The probe's measures. Its temperature comes from images held out of a second fit at the same strength."""
-    assert train.image_tower is not None and test.image_tower is not None
-    names = [str(one) for one in probe.classes_]
-    held = np.random.default_rng(seed).random(len(train_labels)) < 0.15
-    validation = None
-    if held.any() and set(train_labels[~held]) == set(names):
-        fitted = LinearProbe(probe.C_).fit(train.image_tower[~held], train_labels[~held])
-        validation = (fitted.decision_function(train.image_tower[held]), _positions(train_labels[held], names))
-    logits = probe.decision_function(test.image_tower)
-    return judge(logits, _positions(test_labels, names), names, validation=validation, seed=seed)
 
 
 def _hubs(image: NDArray[np.float32], text: NDArray[np.float32]) -> dict[str, Any]:

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <mutex>
 #include <vector>
 
 namespace {
@@ -73,13 +72,15 @@ void exp_sums(at::Tensor x, double shift, at::Tensor row_sum, at::Tensor column_
   const float s = static_cast<float>(shift * 1.4426950408889634);
   float *X = x.data_ptr<float>(), *rows = row_sum.data_ptr<float>(), *bests = best.data_ptr<float>();
   float* columns = column_sum.data_ptr<float>();
-  std::mutex adding;
+  // A thread adds to columns of its own; they are put together in the order of threads, for the same sum every time.
+  const int64_t threads = at::get_num_threads();
+  std::vector<float> own_columns(threads * c, 0.f);
   at::parallel_for(0, x.size(0), kRowsOfAThread, [&](int64_t first, int64_t last) {
-    std::vector<float> own_columns(c, 0.f);
-    for (int64_t i = first; i < last; ++i) exp_row(X + i * c, own_columns.data(), c, s, rows[i], bests[i]);
-    const std::lock_guard<std::mutex> lock(adding);
-    for (int64_t j = 0; j < c; ++j) columns[j] += own_columns[j];
+    float* own = own_columns.data() + at::get_thread_num() * c;
+    for (int64_t i = first; i < last; ++i) exp_row(X + i * c, own, c, s, rows[i], bests[i]);
   });
+  for (int64_t thread = 0; thread < threads; ++thread)
+    for (int64_t j = 0; j < c; ++j) columns[j] += own_columns[thread * c + j];
 }
 
 void exp_slope(at::Tensor x, double shift, at::Tensor row, at::Tensor column, bool fresh) {

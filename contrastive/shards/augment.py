@@ -4,6 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from contrastive.errors import UserError
@@ -45,28 +48,49 @@ class Augment:
                 raise UserError(f"augment.{name} {getattr(self, name)}: give a number from 0 to 1")
 
 
-def augment_image(image: Image.Image, size: int, augment: Augment, u: Sequence[float], fill: int = 255) -> Image.Image:
-    """A crop of an RGB image, resized to size × size and changed; u: DRAWS uniform numbers in [0, 1)."""
-    image = _geometry(image, size, augment, u, fill)
+def augment_pixels(pixels: np.ndarray, size: int, augment: Augment, u: Sequence[float], fill: int = 255) -> np.ndarray:
+    """A crop of an RGB image, uint8 (height, width, 3), resized to (size, size, 3) and changed; u: DRAWS numbers."""
+    height, width, _ = pixels.shape
+    box = crop_of(width, height, augment, u)
+    angle = math.radians(augment.rotate * (2 * u[4] - 1))
+    pixels = _crop(pixels, size, box) if angle == 0 else _turned_crop(pixels, size, box, angle, fill)
     if u[5] < augment.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return _colors(image, augment, u)
+        pixels = pixels[:, ::-1]
+    return _colors(pixels, augment, u)
 
 
-def _geometry(image: Image.Image, size: int, augment: Augment, u: Sequence[float], fill: int) -> Image.Image:
-    width, height = image.size
+def crop_of(width: int, height: int, augment: Augment, u: Sequence[float]) -> tuple[float, float, float, float]:
+    """Left, top, width and height of the crop, in pixels of an image of this size."""
     area = (augment.crop[0] + (augment.crop[1] - augment.crop[0]) * u[0]) * width * height
     aspect = augment.ratio ** (2 * u[1] - 1)
     crop_width, crop_height = math.sqrt(area * aspect), math.sqrt(area / aspect)
     shrink = min(1.0, width / crop_width, height / crop_height)  # keeps the aspect where the crop would not fit
     crop_width, crop_height = crop_width * shrink, crop_height * shrink
-    # max: where the crop is as wide as the image, rounding makes the difference -1e-15, which PIL refuses
-    left, top = u[2] * max(0.0, width - crop_width), u[3] * max(0.0, height - crop_height)
-    angle = math.radians(augment.rotate * (2 * u[4] - 1))
-    if angle == 0:
-        box = (left, top, min(left + crop_width, width), min(top + crop_height, height))
-        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return u[2] * (width - crop_width), u[3] * (height - crop_height), crop_width, crop_height
 
+
+def _crop(pixels: np.ndarray, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
+    """Cut out whole pixels and resize, bicubic and antialiased, as torchvision's RandomResizedCrop.
+
+    torch's kernel for bytes takes a sixth of the time of Pillow's, and differs from it by at most a few grey levels.
+    """
+    left, top, width, height = box
+    x, y = min(round(left), pixels.shape[1] - 1), min(round(top), pixels.shape[0] - 1)
+    part = pixels[y : max(y + 1, round(top + height)), x : max(x + 1, round(left + width))]
+    if part.shape[:2] == (size, size):
+        return part
+    part = part if part.flags.writeable else np.array(part)  # torch wants to be able to write
+    # The layout decides how the result comes out: this one is that of the batch, and a third faster too.
+    part_nchw = torch.from_numpy(part)[None].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    resized = F.interpolate(part_nchw, (size, size), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def _turned_crop(
+    pixels: np.ndarray, size: int, box: tuple[float, float, float, float], angle: float, fill: int
+) -> np.ndarray:
+    image = Image.fromarray(pixels)
+    left, top, crop_width, crop_height = box
     # An affine transform does not antialias: shrink large images by a whole factor first.
     factor = int(min(crop_width, crop_height) / size)
     if factor > 1:
@@ -77,16 +101,17 @@ def _geometry(image: Image.Image, size: int, augment: Augment, u: Sequence[float
     d, e = math.sin(angle) * x_scale, math.cos(angle) * y_scale
     c = left + crop_width / 2 - (a + b) * size / 2
     f = top + crop_height / 2 - (d + e) * size / 2
-    return image.transform(
+    turned = image.transform(
         (size, size),
         Image.Transform.AFFINE,
         (a, b, c, d, e, f),
         Image.Resampling.BILINEAR,
         fillcolor=(fill, fill, fill),
     )
+    return np.asarray(turned)
 
 
-def _colors(image: Image.Image, augment: Augment, u: Sequence[float]) -> Image.Image:
+def _colors(pixels: np.ndarray, augment: Augment, u: Sequence[float]) -> np.ndarray:
     """Brightness, contrast, saturation, grey and tint are one affine map of the colour: one pass."""
     brightness, contrast, saturation = (1 + augment.color * (2 * v - 1) for v in u[6:9])
     if u[9] < augment.grayscale:
@@ -96,7 +121,8 @@ def _colors(image: Image.Image, augment: Augment, u: Sequence[float]) -> Image.I
         # u[10], stretched, gives the first channel: it is uniform, given that it is below the probability.
         tint = [1 - v / 2 for v in (u[10] / augment.tint, u[11], u[12])]
     if brightness == contrast == saturation == 1 and tint == [1.0, 1.0, 1.0]:
-        return image
+        return pixels
+    image = Image.fromarray(pixels)
     offset = 0.0
     if contrast != 1:
         mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
@@ -107,4 +133,4 @@ def _colors(image: Image.Image, augment: Augment, u: Sequence[float]) -> Image.I
     for channel in range(3):
         row = [gain * ((1 - saturation) * w + (saturation if i == channel else 0)) for i, w in enumerate(_LUMA)]
         matrix += [tint[channel] * v for v in (*row, offset)]
-    return image.convert("RGB", tuple(matrix))
+    return np.asarray(image.convert("RGB", tuple(matrix)))

@@ -1,8 +1,21 @@
 """What the loader hands to a training step."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+
+
+class Rejection(NamedTuple):
+    """A sample that could not be used.
+
+    epoch: of the sample's own set, from 0. shard: its path. reason: see `Rejected`.
+    """
+
+    epoch: int
+    shard: str
+    key: str
+    reason: str
 
 
 @dataclass
@@ -13,7 +26,7 @@ class Batch:
     ids: int64 (n,), equal where two captions are the same.
     samples: int64 (n,), the number of each sample in its data set, the same in every epoch.
     valid: bool (n,), False for a sample that could not be read: its pixels are zero, its caption "".
-    keys: n names. rejected: how many are not valid, by reason.
+    keys: n names. rejected: one entry for each sample that is not valid, in order of the rows.
     """
 
     pixels: torch.Tensor
@@ -22,4 +35,4 @@ class Batch:
     samples: torch.Tensor
     valid: torch.Tensor
     keys: list[str]
-    rejected: dict[str, int] = field(default_factory=dict)
+    rejected: list[Rejection] = field(default_factory=list)

@@ -34,9 +34,7 @@ def open_cache(index: ShardIndex) -> PixelCache:
     Raises UserError when the images differ in size, or when the folder cannot be written.
     """
     path = index.folder / f"pixels-{index.fingerprint[:16]}.npy"
-    # The fingerprint covers names, places and captions; a newer shard may still hold other pixels.
-    newest = max(shard.stat().st_mtime_ns for shard in index.shards)
-    if not path.exists() or not _sidecar(path).exists() or path.stat().st_mtime_ns < newest:
+    if not path.exists() or not _sidecar(path).exists():  # the fingerprint covers the bytes of the images
         _build(index, path)
     return PixelCache(path)
 
@@ -48,7 +46,11 @@ def _build(index: ShardIndex, path: Path) -> None:
     try:
         for i in range(len(index)):
             try:
-                image = np.asarray(decode_image(index.image(i)))
+                data = index.image(i)
+            except Rejected as fault:  # a fault that may pass is nothing to keep
+                raise UserError(f"data.cache: {index.key(i)}: {fault.reason}; start again") from None
+            try:
+                image = np.asarray(decode_image(data))
             except Rejected as fault:
                 rejected[i] = fault.reason
                 continue

@@ -1,52 +1,66 @@
 """Batches of features that were computed once, for towers whose trunks do not change."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
-from contrastive.shards.batch import Batch
+from contrastive.shards.batch import Batch, Rejection
 from contrastive.shards.index import ShardIndex
-from contrastive.shards.order import Order, local_batch
+from contrastive.shards.loader import Place
+from contrastive.shards.mixture import Mixture, as_mixture
 
 
 class FeatureLoader:
     """The batches of a `PairLoader` without augmentation, with features in place of pixels and tokens.
 
     The order is the same function of (seed, epoch, step). image: float32 (N, F) and text: float32 (N, E), rows as in
-    the index. valid: bool (N,), False for a sample whose image could not be read.
+    the index. rejected: sample → why it has no features.
     """
 
     def __init__(
         self,
-        index: ShardIndex,
+        index: ShardIndex | Mixture,
         image: np.ndarray,
         text: np.ndarray,
-        valid: np.ndarray,
+        rejected: Mapping[int, str],
         *,
         global_batch: int,
         rank: int = 0,
         world: int = 1,
         seed: int = 0,
+        window: int | None = None,
         start_step: int = 0,
     ) -> None:
-        assert len(image) == len(text) == len(valid) == len(index)
-        local_batch(global_batch, world)
-        self.index, self.image, self.text, self.valid = index, image, text, valid
-        self.global_batch, self.rank, self.world, self.start_step = global_batch, rank, world, start_step
-        self.order = Order(len(index), seed)
+        assert len(image) == len(text) == len(index)
+        self.mixture, self.image, self.text, self.rejected = as_mixture(index), image, text, rejected
+        self.start_step = start_step
+        self.place = Place(self.mixture, global_batch, rank, world, seed, window)
+        self.identity: dict[str, Any] = {**self.place.identity, "transform": "features"}
+
+    def state(self, step: int) -> dict[str, Any]:
+        """As `PairLoader.state`."""
+        return {**self.identity, **self.place.position(step)}
 
     def __iter__(self) -> Iterator[Batch]:
-        for step in itertools.count(self.start_step):
-            _, samples = self.order.step(step, self.global_batch, self.rank, self.world)
-            valid = torch.from_numpy(self.valid[samples])
-            yield Batch(
-                pixels=torch.from_numpy(self.image[samples]),
-                tokens=torch.from_numpy(self.text[samples]),
-                ids=torch.from_numpy(self.index.ids[samples]),
-                samples=torch.from_numpy(samples),
-                valid=valid,
-                keys=[self.index.key(i) for i in samples.tolist()],
-                rejected={} if bool(valid.all()) else {"unreadable image": int((~valid).sum())},
-            )
+        return map(self._batch, itertools.count(self.start_step))
+
+    def _batch(self, step: int) -> Batch:
+        epochs, samples = self.place.at(step)
+        keys = [self.mixture.key(i) for i in samples.tolist()]
+        rejected = [
+            Rejection(epoch, self.mixture.shard_of(i), key, self.rejected[i])
+            for epoch, i, key in zip(epochs.tolist(), samples.tolist(), keys, strict=True)
+            if i in self.rejected
+        ]
+        return Batch(
+            pixels=torch.from_numpy(self.image[samples]),
+            tokens=torch.from_numpy(self.text[samples]),
+            ids=torch.from_numpy(self.mixture.ids[samples]),
+            samples=torch.from_numpy(samples),
+            valid=torch.tensor([i not in self.rejected for i in samples.tolist()]),
+            keys=keys,
+            rejected=rejected,
+        )

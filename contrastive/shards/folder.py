@@ -1,11 +1,11 @@
 """A folder (or a list) of image files."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from contrastive.errors import UserError
-from contrastive.shards.record import Record, Source
+from contrastive.shards.record import Part, Record, Source
 
 
 class ImageFolder(Source):
@@ -26,8 +26,18 @@ class ImageFolder(Source):
     def _count(self) -> int:
         return len(self.files)
 
+    def _row_starts(self) -> Iterator[Iterable[int]]:
+        yield range(len(self.files))
+
+    def read(self, part: Part) -> Iterator[Record]:
+        for segment in part.segments:
+            yield from self._read(self.files[segment.at : segment.at + segment.rows])
+
     def _records(self) -> Iterator[Record]:
-        for file in self.files:
+        return self._read(self.files)
+
+    def _read(self, files: list[Path]) -> Iterator[Record]:
+        for file in files:
             name = file.relative_to(self.root)
             try:
                 image = file.read_bytes()

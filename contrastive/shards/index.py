@@ -1,47 +1,69 @@
 """Which pairs a set of tar shards holds, and where their bytes lie: a table to read any pair by.
 
-The index is built once by reading every header, saved beside the shards, and rebuilt when a shard's name,
-size or modification time changes.
+The index is built once, by reading every header, text and first bytes (`scan`), saved beside the shards, and built
+anew when a shard's name, size or modification time changes. It is two files: `index.tables`, arrays that are mapped
+into memory and not read, and `index.json`, the manifest: what each shard is, and what was left out and why.
 """
 
-import glob
 import hashlib
 import json
 import os
-import unicodedata
-import zipfile
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from contrastive.errors import UserError
-from contrastive.shards.record import IMAGE_EXTENSIONS, Record
-from contrastive.shards.storage import local_path
-from contrastive.shards.tar import Member, members
+from contrastive.shards import storage
+from contrastive.shards.record import MAX_CAPTION_BYTES, Record, Rejected
+from contrastive.shards.scan import Scan, caption_id, json_fault, scan_shard, sha256_of
+from contrastive.shards.tables_file import load_tables, save_tables
+from contrastive.shards.tar import DamagedShard
 
-VERSION = 1
+__all__ = ["PathLike", "ShardIndex", "caption_id", "find_shards", "open_index"]
+
+VERSION = 3
+TOGETHER = 2048  # bytes between two members of which to read through is cheaper than to read twice
+OPEN_FILES = 64  # far below the usual limit of 1,024
 PathLike = str | os.PathLike[str]
+Shard = Path | str  # a URL is a string
 
 
 class ShardIndex:
-    """A random-access view of the pairs in a list of shards.
+    """A random-access view of the pairs in a list of shards. Only good pairs have a number.
 
+    shards: paths and URLs. folder: where files that belong to the shards are kept.
+    shard: int32 (n,), the number of each sample's shard, not falling. shard_starts: int64 (S + 1,), the number of each
+        shard's first sample, and n.
     ids: int64 (n,), equal where two captions are the same apart from case and white space.
+    key_hashes: uint64 (n,), BLAKE2b of each key's UTF-8 bytes, little-endian: to join a set with other tables by.
+    sizes: int64 (n, 3), bytes of the image, the text and the JSON.
     fingerprint: hexadecimal; the same for the same shards on every machine.
-    rejected: counts of what the shards hold that is no pair, by reason.
-    folder: where files that belong to the shards are kept.
+    rejected: counts of what the shards hold that is no pair, by reason. manifest: see `index.json`.
+
+    Reading a sample raises Rejected where its shard changed since indexing or is not to be had.
     """
 
-    def __init__(self, shards: list[Path], tables: dict[str, np.ndarray]) -> None:
-        self.shards = shards
-        self.folder = shards[0].parent
-        self.ids: np.ndarray = tables["ids"]
-        self.fingerprint = _fingerprint(shards, tables)
-        self.rejected: dict[str, int] = json.loads(str(tables["rejected"]))
+    def __init__(
+        self, shards: list[Shard], folder: Path, manifest: dict[str, Any], tables: dict[str, np.ndarray], saved: Path
+    ) -> None:
+        self.shards, self.folder, self.manifest = shards, folder, manifest
+        self.fingerprint: str = manifest["fingerprint"]
+        self.rejected: dict[str, int] = dict(sorted(Counter(one["reason"] for one in manifest["rejected"]).items()))
+        self._saved = saved
+        self._set_tables(tables)
+
+    def _set_tables(self, tables: dict[str, np.ndarray]) -> None:
         self._tables = tables
+        self.ids, self.shard, self.sizes = tables["ids"], tables["shard"], tables["sizes"]
+        self.key_hashes = tables["key_hashes"]
+        self.shard_starts = np.searchsorted(self.shard, np.arange(len(self.shards) + 1)).astype(np.int64)
+        self._places = tables["offsets"]
+        self._stats = [(size, mtime) for size, mtime in tables["stats"].tolist()]
         self._files: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -59,7 +81,17 @@ class ShardIndex:
 
     def caption(self, i: int) -> str:
         """The first caption."""
-        return self._read(i, 1).decode("utf-8").strip()
+        return _text(self._read(i, 1))
+
+    def pair(self, i: int) -> tuple[bytes, str]:
+        """`image` and `caption`, by one read where they lie together, as in shards that we write."""
+        (image_at, text_at, _), (image_size, text_size, _) = self._places[i].tolist(), self.sizes[i].tolist()
+        first, last = min(image_at, text_at), max(image_at + image_size, text_at + text_size)
+        if last - first > image_size + text_size + TOGETHER:
+            return self.image(i), self.caption(i)
+        data = self._bytes(int(self.shard[i]), last - first, first)
+        image = data[image_at - first : image_at - first + image_size]
+        return image, _text(data[text_at - first : text_at - first + text_size])
 
     def captions(self) -> Iterator[str]:
         """The first caption of every sample, in order (to train a tokenizer on)."""
@@ -76,206 +108,283 @@ class ShardIndex:
         captions = (caption, *_variants(caption, meta))
         label = meta.pop("label", None)
         meta.pop("captions", None)
-        return Record(
-            self.key(i),
-            self.image(i),
-            captions,
-            None if label is None else str(label),
-            meta,
-        )
+        return Record(self.key(i), self.image(i), captions, None if label is None else str(label), meta)
+
+    def verify(self) -> None:
+        """Read all shards and compare them with the manifest's hashes. Raises UserError that names what differs."""
+        wrong = []
+        for shard, described in zip(self.shards, self.manifest["shards"], strict=True):
+            if described["name"] not in self.manifest["damaged"]:
+                if sha256_of(storage.local_path(shard)) != described["sha256"]:
+                    wrong.append(described["name"])
+        if wrong:
+            names = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            raise UserError(
+                f"{self.folder}: {names}: not the bytes that were indexed, under the same size and time; copy them "
+                "again, or touch them to have them indexed as they are"
+            )
 
     def _json(self, i: int) -> dict[str, Any]:
         data = self._read(i, 2)
         if not data:
             return {}
-        try:
-            value = json.loads(data)
-        except ValueError:
-            raise UserError(f"{self.shards[int(self._tables['shard'][i])]}: {self.key(i)}.json is no JSON") from None
+        if json_fault(data):  # there was none when it was indexed
+            raise Rejected("shard changed since indexing")
+        value = json.loads(data)
         return value if isinstance(value, dict) else {}
 
     def _read(self, i: int, part: int) -> bytes:
-        shard = int(self._tables["shard"][i])
-        offset, size = (
-            int(self._tables["offsets"][i, part]),
-            int(self._tables["sizes"][i, part]),
-        )
-        if shard not in self._files:
-            if len(self._files) >= 64:  # far below the usual limit of 1,024 open files
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(local_path(self.shards[shard]), os.O_RDONLY)
-        data = os.pread(self._files[shard], size, offset)
-        if len(data) != size:
-            raise UserError(f"{self.shards[shard]}: shorter than when it was indexed, at byte {offset}")
+        return self._bytes(int(self.shard[i]), int(self.sizes[i, part]), int(self._places[i, part]))
+
+    def _bytes(self, shard: int, size: int, offset: int) -> bytes:
+        if offset + size > self._stats[shard][0]:  # a saved index that came with the shards may claim anything
+            raise Rejected("shard changed since indexing")
+        file = self._files.get(shard)
+        if file is None:
+            file = self._open(shard)
+        try:
+            data = os.pread(file, size, offset)
+            unchanged = self._unchanged(shard, file)
+        except OSError:  # a network's file that went stale: the next read opens it anew
+            with suppress(OSError):
+                os.close(self._files.pop(shard))
+            raise Rejected("shard unavailable") from None
+        if len(data) != size or not unchanged:
+            raise Rejected("shard changed since indexing")
         return data
 
+    def _open(self, shard: int) -> int:
+        if len(self._files) >= OPEN_FILES:
+            os.close(self._files.pop(next(iter(self._files))))
+        try:
+            file = os.open(storage.local_path(self.shards[shard]), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            raise Rejected("shard unavailable") from None
+        if not self._unchanged(shard, file):
+            os.close(file)
+            raise Rejected("shard changed since indexing")
+        self._files[shard] = file
+        return file
+
+    def _unchanged(self, shard: int, file: int) -> bool:
+        now = os.fstat(file)  # a quarter of a microsecond: cheap enough for every read
+        return (now.st_size, now.st_mtime_ns) == self._stats[shard]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_files": {},
-        }  # open files do not travel to another process
+        state = {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("ids", "shard", "sizes", "key_hashes", "_places")
+        }
+        state["_files"] = {}  # open files do not travel to another process
+        if load_tables(self._saved, self.fingerprint) is not None:
+            state["_tables"] = None  # the other process maps the file itself
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        tables = load_tables(self._saved, self.fingerprint) if self._tables is None else self._tables
+        assert tables is not None
+        self._set_tables(tables)
 
     def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
+        if os is not None:  # not at the end of the interpreter
+            for file in getattr(self, "_files", {}).values():
+                os.close(file)
 
 
-def open_index(path: PathLike | Sequence[PathLike]) -> ShardIndex:
-    """The index of a folder of shards, one tar, a glob or a list of tars; built and saved at the first use.
+def open_index(path: PathLike | Sequence[PathLike], *, skip_damaged: bool = False) -> ShardIndex:
+    """The index of a folder of shards, one tar, a glob, a URL or a list of these; built and saved at the first use.
 
-    Raises UserError when there are no shards, when one is damaged, or when none holds a pair.
+    skip_damaged: leave damaged shards out as a whole; the saved index remembers that, and which.
+
+    Raises UserError when there are no shards, when some are damaged (all are named), or when none holds a pair.
     """
     shards = find_shards(path)
-    saved = shards[0].parent / _index_name(path, shards)
-    stats = np.array([(s.stat().st_size, s.stat().st_mtime_ns) for s in shards], np.int64)
-    tables = _load(saved, shards, stats)
-    if tables is None:
-        tables = {**_scan(shards), "version": np.array(VERSION), "stats": stats}
-        tables["shards"] = np.array([s.name for s in shards])
-        _save(saved, tables)
-    index = ShardIndex(shards, tables)
+    folder, name = _place(path, shards)
+    try:
+        stats = np.array([storage.shard_stat(shard) for shard in shards], np.int64)
+    except Rejected as fault:
+        raise UserError(str(fault)) from None
+    saved = folder / f"{name}.tables"
+    found = _load(saved, shards, stats)
+    if found is None:
+        manifest, tables = _build(shards, stats, skip_damaged)
+        try:
+            save_tables(saved, manifest["fingerprint"], tables)
+            _write_json(saved.with_suffix(".json"), manifest)
+        except OSError as fault:  # a folder that cannot be written: the index lives in memory only
+            if skip_damaged:
+                raise UserError(
+                    f"--skip-damaged: {saved} cannot be written ({fault.strerror}), and training would not know which "
+                    "shards to leave out; copy the shards to a folder of your own"
+                ) from None
+    else:
+        manifest, tables = found
+    index = ShardIndex(shards, folder, manifest, tables, saved)
     if not len(index):
-        found = ", ".join(f"{count} with {reason}" for reason, count in index.rejected.items()) or "no member"
-        raise UserError(f"{path}: no pair in {len(shards)} shards ({found}); a pair is key.jpg beside key.txt")
+        found_instead = ", ".join(f"{count} with {reason}" for reason, count in index.rejected.items()) or "no member"
+        others = ", ".join(f".{extension}" for extension in manifest["ignored"])
+        raise UserError(
+            f"{path}: no pair in {len(shards)} shards ({found_instead}{f'; also members {others}' if others else ''}); "
+            "a pair is key.jpg beside key.txt"
+        )
     return index
 
 
-def find_shards(path: PathLike | Sequence[PathLike]) -> list[Path]:
-    """The tar files that a folder, a file name, a glob or a list stands for, sorted by name."""
+def find_shards(path: PathLike | Sequence[PathLike]) -> list[Shard]:
+    """The shards that a folder, a file name, a URL, a glob or a list stands for, sorted by name."""
     if not isinstance(path, str | os.PathLike):
-        found = [Path(p) for p in path]
-    elif Path(path).is_dir():
-        found = list(Path(path).glob("*.tar"))
-    elif Path(path).exists():
-        found = [Path(path)]
+        found: list[Shard] = [shard for part in path for shard in _expand(part)]
     else:
-        found = [Path(p) for p in glob.glob(os.fspath(path))]
-        if not found:
-            raise UserError(f"{path}: no such file or folder")
-    if not found:
-        raise UserError(f"{path}: no .tar shard in this folder; make them with `contrastive shard SOURCE {path}`")
+        found = _expand(path)
     for shard in found:
-        if shard.suffix != ".tar":
+        if isinstance(shard, Path) and shard.suffix != ".tar":
             raise UserError(f"{shard}: not a .tar shard (compressed tars cannot be read by offset: unpack them first)")
-        if not shard.exists():
+        if isinstance(shard, Path) and not shard.exists():
             raise UserError(f"{shard}: no such shard")
-    return sorted(found)
+    return sorted(found, key=str)
 
 
-def caption_id(caption: str) -> int:
-    """A 64-bit signed hash of a caption, blind to case, white space and Unicode spelling."""
-    plain = " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
-    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little", signed=True)
+def _expand(path: PathLike) -> list[Shard]:
+    return [shard if storage.is_remote(shard) else Path(shard) for shard in storage.expand(path)]
 
 
-def _scan(shards: list[Path]) -> dict[str, np.ndarray]:
-    """Read every header and every caption."""
-    rows: list[tuple[int, tuple[int, int, int], tuple[int, int, int], int]] = []
-    keys: list[bytes] = []
-    rejected: Counter[str] = Counter()
-    for number, shard in enumerate(shards):
-        with open(shard, "rb") as file:
-            for key, parts in _samples(shard):
-                image, text, info = (parts.get(kind, Member("", 0, 0)) for kind in ("image", "txt", "json"))
-                file.seek(text.offset)
-                try:
-                    caption = file.read(text.size).decode("utf-8").strip()
-                except UnicodeDecodeError:
-                    rejected["caption not UTF-8"] += 1
-                    continue
-                if not caption or not image.size:
-                    rejected["no image" if caption else "no caption" if image.size else "neither"] += 1
-                    continue
-                keys.append(key.encode("utf-8", "surrogateescape"))
-                offsets = (image.offset, text.offset, info.offset)
-                rows.append(
-                    (
-                        number,
-                        offsets,
-                        (image.size, text.size, info.size),
-                        caption_id(caption),
-                    )
-                )
-    return {
-        "shard": np.array([r[0] for r in rows], np.int32),
-        "offsets": np.array([r[1] for r in rows], np.int64).reshape(-1, 3),
-        "sizes": np.array([r[2] for r in rows], np.int64).reshape(-1, 3),
-        "ids": np.array([r[3] for r in rows], np.int64),
+def _place(path: PathLike | Sequence[PathLike], shards: list[Shard]) -> tuple[Path, str]:
+    """The folder that holds the saved index, and its name there without an extension."""
+    if any(storage.is_remote(shard) for shard in shards):
+        return storage.index_folder(shards), "index"
+    folder = Path(shards[0]).parent
+    if isinstance(path, str | os.PathLike) and Path(path).is_dir():
+        return folder, "index"
+    names = "\0".join(os.path.abspath(shard) for shard in shards).encode("utf-8", "surrogateescape")
+    return folder, f"index-{hashlib.blake2b(names, digest_size=6).hexdigest()}"
+
+
+def _build(shards: list[Shard], stats: np.ndarray, skip_damaged: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Scan all shards: the manifest and the tables."""
+    scans: list[Scan] = []
+    damaged: dict[str, str] = {}
+    for shard in shards:
+        try:
+            scans.append(scan_shard(storage.local_path(shard)))
+        except DamagedShard as fault:
+            damaged[_name(shard)] = fault.what
+            scans.append(Scan())
+        except Rejected as fault:
+            raise UserError(str(fault)) from None
+    if damaged and not skip_damaged:
+        raise UserError(_tell(shards, damaged))
+    rejected = _reject_repeated_keys(shards, scans)
+    rows = [(number, row) for number, scan in enumerate(scans) for row in scan.rows]
+    keys = [row.key.encode("utf-8", "surrogateescape") for _, row in rows]
+    tables: dict[str, np.ndarray] = {
+        "shard": np.array([number for number, _ in rows], np.int32),
+        "offsets": np.array([row.offsets for _, row in rows], np.int64).reshape(-1, 3),
+        "sizes": np.array([row.sizes for _, row in rows], np.int64).reshape(-1, 3),
+        "ids": np.array([row.caption_id for _, row in rows], np.int64),
+        "key_hashes": np.array([_hash(key) for key in keys], np.uint64),
         "keys": np.frombuffer(b"".join(keys), np.uint8),
-        "key_ends": np.cumsum([len(k) for k in keys], dtype=np.int64),
-        "rejected": np.array(json.dumps(dict(sorted(rejected.items())))),
+        "key_ends": np.cumsum([len(key) for key in keys], dtype=np.int64),
+        "stats": stats,
     }
+    described = [
+        {"name": _name(shard), "bytes": scan.size, "sha256": scan.sha256, "pairs": len(scan.rows)}
+        for shard, scan in zip(shards, scans, strict=True)
+    ]
+    manifest = {
+        "version": VERSION,
+        "fingerprint": _fingerprint(described, tables),
+        "pairs": len(rows),
+        "shards": described,
+        "damaged": damaged,
+        "rejected": rejected,
+        "ignored": dict(sorted(sum((scan.ignored for scan in scans), Counter[str]()).items())),
+    }
+    return manifest, tables
 
 
-def _samples(shard: Path) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Consecutive members with one key are one sample, as in webdataset: the key ends at the first dot."""
-    current, parts = "", dict[str, Member]()
-    for member in members(shard):
-        folder, _, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not stem or not dot:
-            continue
-        key = f"{folder}/{stem}" if folder else stem
-        if key != current:
-            if parts:
-                yield current, parts
-            current, parts = key, {}
-        extension = extension.lower()
-        kind = "image" if extension in IMAGE_EXTENSIONS else extension
-        if kind in parts:
-            raise UserError(f"{shard}: sample '{key}' has two members .{extension}; give every sample its own key")
-        parts[kind] = member
-    if parts:
-        yield current, parts
+def _reject_repeated_keys(shards: list[Shard], scans: list[Scan]) -> list[dict[str, str]]:
+    """What is left out of each shard; of pairs with one key, in whatever shards, the first stays."""
+    rejected = []
+    seen: set[str] = set()
+    for shard, scan in zip(shards, scans, strict=True):
+        kept = [row for row in scan.rows if row.key not in seen]
+        repeated = [(row.key, "duplicate key") for row in scan.rows if row.key in seen]
+        seen.update(row.key for row in kept)
+        rejected += [{"shard": _name(shard), "key": key, "reason": why} for key, why in [*scan.rejected, *repeated]]
+        scan.rows = kept
+    return rejected
+
+
+def _tell(shards: list[Shard], damaged: dict[str, str]) -> str:
+    first = "; ".join(f"{name}: {what}" for name, what in list(damaged.items())[:5])
+    more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+    return (
+        f"{len(damaged)} of {len(shards)} shards in {os.path.dirname(storage.redact(str(shards[0])))} cannot be used: "
+        f"{first}{more}; write or copy them again, or leave them out with `contrastive check --skip-damaged`"
+    )
+
+
+def _hash(key: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def _name(shard: Shard) -> str:
+    return storage.redact(str(shard)).rpartition("/")[2]
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError:  # it was UTF-8 when it was indexed
+        raise Rejected("shard changed since indexing") from None
 
 
 def _variants(caption: str, meta: dict[str, Any]) -> tuple[str, ...]:
     captions = meta.get("captions")
     if not isinstance(captions, list):
         return ()
-    return tuple(c for c in captions if isinstance(c, str) and c.strip() and c != caption)
+    return tuple(c for c in captions if isinstance(c, str) and c.strip() and c != caption and _fits(c))
 
 
-def _fingerprint(shards: list[Path], tables: dict[str, np.ndarray]) -> str:
+def _fits(variant: str) -> bool:
+    try:
+        return len(variant.encode()) <= MAX_CAPTION_BYTES
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON can spell one
+        return False
+
+
+def _fingerprint(shards: list[dict[str, Any]], tables: dict[str, np.ndarray]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    digest.update("\0".join(s.name for s in shards).encode("utf-8", "surrogateescape"))
-    for name, kind in (
-        ("shard", "<i4"),
-        ("offsets", "<i8"),
-        ("sizes", "<i8"),
-        ("ids", "<i8"),
-        ("keys", "u1"),
-    ):
+    for shard in shards:
+        digest.update(f"{shard['name']}\0{shard['sha256']}\0".encode("utf-8", "surrogateescape"))
+    for name, kind in (("shard", "<i4"), ("offsets", "<i8"), ("sizes", "<i8"), ("ids", "<i8"), ("keys", "u1")):
         digest.update(np.ascontiguousarray(tables[name], kind).tobytes())
     return digest.hexdigest()
 
 
-def _index_name(path: PathLike | Sequence[PathLike], shards: list[Path]) -> str:
-    if isinstance(path, str | os.PathLike) and Path(path).is_dir():
-        return "index.npz"
-    names = "\0".join(os.path.abspath(s) for s in shards).encode("utf-8", "surrogateescape")
-    return f"index-{hashlib.blake2b(names, digest_size=6).hexdigest()}.npz"
-
-
-def _load(saved: Path, shards: list[Path], stats: np.ndarray) -> dict[str, np.ndarray] | None:
+def _load(saved: Path, shards: list[Shard], stats: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """The saved index, if it is there, whole and of these shards as they are now."""
     try:
-        with np.load(saved, allow_pickle=False) as file:
-            tables = dict(file)
-        same = (
-            int(tables["version"]) == VERSION
-            and tables["shards"].tolist() == [s.name for s in shards]
-            and np.array_equal(tables["stats"], stats)
-        )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent or damaged: it is rebuilt
-    return tables if same else None
+        manifest = json.loads(saved.with_suffix(".json").read_text(encoding="utf-8"))
+        names = [shard["name"] for shard in manifest["shards"]]
+        if manifest["version"] != VERSION or names != [_name(shard) for shard in shards]:
+            return None
+        tables = load_tables(saved, manifest["fingerprint"])
+        known = {"pairs", "damaged", "rejected", "ignored"} <= manifest.keys()
+        if tables is None or not known or not np.array_equal(tables["stats"], stats):
+            return None
+        rows = {len(tables[name]) for name in ("shard", "offsets", "sizes", "ids", "key_hashes", "key_ends")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # absent or damaged: it is built again
+    return (manifest, tables) if rows == {manifest["pairs"]} else None
 
 
-def _save(saved: Path, tables: dict[str, np.ndarray]) -> None:
-    temporary = saved.with_name(f".{saved.name}.{os.getpid()}")
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(temporary, "wb") as file:
-            np.savez(file, allow_pickle=False, **tables)
-        os.replace(temporary, saved)
-    except OSError:  # a read-only folder: the index lives in memory only
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8", errors="surrogateescape")
+        os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)

@@ -1,48 +1,52 @@
 """The training loader: step s of rank r is the same batch, whoever computes it and whenever."""
 
 import itertools
-import os
-import signal
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from contrastive.errors import UserError
 from contrastive.shards.augment import DRAWS, Augment
-from contrastive.shards.batch import Batch
+from contrastive.shards.batch import Batch, Rejection
 from contrastive.shards.cache import open_cache
 from contrastive.shards.index import ShardIndex, caption_id
-from contrastive.shards.order import Order, draws, local_batch
+from contrastive.shards.mixture import MixedOrder, Mixture, as_mixture
+from contrastive.shards.order import draws, local_batch
 from contrastive.shards.record import Rejected
-from contrastive.shards.render import render, render_image
+from contrastive.shards.render import render, render_pixels
+from contrastive.shards.workers import from_workers, new_bytes
 
+VERSION = 2  # of the order and of the numbers drawn: a change of either must not pass for the same run
 Tokenize = Callable[[list[str]], Any]
 
 
 class PairLoader:
     """Batches of image-text pairs, in an order that is a pure function of (seed, epoch, step).
 
+    index: one set, or a `Mixture` of several.
     tokenize: list of n captions → int64 (n, length), a tensor or an array.
     image_size: height and width of the pixels. augment: None for the evaluation transform.
     global_batch: samples of all processes together; rank r of `world` gets the r-th contiguous slice.
+    window: shards that are shuffled with each other, see `Order`; None for all.
     workers: processes that prepare batches; 0 does it in this one.
+    timeout: seconds after which a batch that a worker has not finished ends the stream.
     start_step, steps: the steps start_step … steps − 1 of the run are yielded; None: no end.
     caption_variants: probability that one of a sample's further captions is used.
     cache: decode every image once, and keep the pixels beside the shards (images of one size only).
+    decode: see `render`.
     mean_fill: grey value of the corners that a rotation uncovers.
 
     Every number drawn for a sample depends on (seed, epoch, sample) only: never on workers, processes or the
-    start. Raises UserError for a batch that does not divide and for a cache of images that differ in size.
+    start. A sample that cannot be used keeps its place, see `Batch`. Raises UserError for a batch that does not divide,
+    for a cache of images that differ in size, and for what `from_workers` tells.
     """
 
     def __init__(
         self,
-        index: ShardIndex,
+        index: ShardIndex | Mixture,
         *,
         tokenize: Tokenize,
         image_size: int,
@@ -51,144 +55,137 @@ class PairLoader:
         rank: int = 0,
         world: int = 1,
         seed: int = 0,
+        window: int | None = None,
         workers: int = 0,
+        timeout: float = 600.0,
         start_step: int = 0,
         steps: int | None = None,
         caption_variants: float = 0.0,
         cache: bool = False,
+        decode: str = "exact",
         mean_fill: int = 255,
     ) -> None:
         if not 0 <= caption_variants <= 1:
             raise UserError(f"caption_variants {caption_variants}: give a probability from 0 to 1")
-        local_batch(global_batch, world)
-        self.workers, self.start_step, self.steps = workers, start_step, steps
-        self.steps_per_epoch = len(index) / global_batch
-        self._dataset = _Steps(
-            index,
-            tokenize,
-            image_size,
-            augment,
-            global_batch,
-            rank,
-            world,
-            seed,
-            caption_variants,
-            cache,
-            mean_fill,
-        )
+        self.mixture = as_mixture(index)
+        self.place = Place(self.mixture, global_batch, rank, world, seed, window)
+        self.workers, self.timeout, self.start_step, self.steps = workers, timeout, start_step, steps
+        transform = {
+            "image_size": image_size,
+            "augment": None if augment is None else {**asdict(augment), "crop": list(augment.crop)},
+            "caption_variants": caption_variants,
+            "decode": "exact" if cache else decode,
+            "mean_fill": mean_fill,
+        }
+        self.identity: dict[str, Any] = {**self.place.identity, "transform": transform}
+        self._items = _Steps(self.mixture, self.place, tokenize, transform, augment, cache)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """All that the batches from this step on depend on, as JSON; see `Place.state`."""
+        return {**self.identity, **self.place.position(step)}
 
     def __iter__(self) -> Iterator[Batch]:
         steps = itertools.count(self.start_step) if self.steps is None else range(self.start_step, self.steps)
-        if not self.workers:
-            yield from map(self._dataset.__getitem__, steps)
-            return
-        try:
-            yield from self._from_workers(steps)
-        except UserError as error:
-            # torch wraps what a worker raises in its traceback; the last line is what the user can mend
-            raise UserError(
-                str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-            ) from None
-
-    def _from_workers(self, steps: Iterable[int]) -> Iterator[Batch]:
-        yield from DataLoader(
-            self._dataset,
-            sampler=steps,
-            batch_size=None,  # one item is a whole batch already
-            num_workers=self.workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_start_worker,
-            prefetch_factor=2,
-            generator=torch.Generator(),  # else the workers' seed is drawn from the model's random stream
-        )
+        if self.workers:
+            return from_workers(self._items, steps, self.workers, self.timeout)
+        return map(self._items.__getitem__, steps)
 
 
-class _Steps(Dataset[Batch]):
-    """A map-style data set whose item i is the local batch of step i."""
+class Place:
+    """Which samples a process gets at a step, and how a checkpoint says where a run is.
+
+    identity: what must be equal for a run to go on as if it had never stopped; JSON.
+    """
+
+    def __init__(
+        self, mixture: Mixture, global_batch: int, rank: int, world: int, seed: int, window: int | None
+    ) -> None:
+        local_batch(global_batch, world)
+        self.order = MixedOrder(mixture, seed, window)
+        self.global_batch, self.rank, self.world = global_batch, rank, world
+        self.epoch_size = mixture.epoch_size
+        self.identity: dict[str, Any] = {
+            "version": VERSION,
+            "fingerprint": mixture.fingerprint,
+            "seed": seed,
+            "global_batch": global_batch,
+            "window": window,
+        }
+
+    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epochs and the samples of this process at a step: two int64 (n,)."""
+        return self.order.step(step, self.global_batch, self.rank, self.world)
+
+    def position(self, step: int) -> dict[str, int]:
+        """Where the stream is before a step: the epoch (as a `Mixture` counts it) and the pairs of it that are done."""
+        epoch, cursor = divmod(step * self.global_batch, self.epoch_size)
+        return {"epoch": epoch, "cursor": cursor}
+
+
+class _Steps:
+    """Item i is the local batch of step i."""
 
     def __init__(
         self,
-        index: ShardIndex,
+        mixture: Mixture,
+        place: Place,
         tokenize: Tokenize,
-        image_size: int,
+        transform: dict[str, Any],
         augment: Augment | None,
-        global_batch: int,
-        rank: int,
-        world: int,
-        seed: int,
-        caption_variants: float,
         cache: bool,
-        mean_fill: int,
     ) -> None:
-        self.index, self.tokenize, self.size, self.augment = (
-            index,
-            tokenize,
-            image_size,
-            augment,
-        )
-        self.global_batch, self.rank, self.world, self.seed = (
-            global_batch,
-            rank,
-            world,
-            seed,
-        )
-        self.caption_variants, self.fill = caption_variants, mean_fill
-        self.order = Order(len(index), seed)
-        self.cache = open_cache(index) if cache else None
+        self.mixture, self.place, self.tokenize, self.augment = mixture, place, tokenize, augment
+        self.seed, self.size, self.fill = place.identity["seed"], transform["image_size"], transform["mean_fill"]
+        self.caption_variants, self.decode = transform["caption_variants"], transform["decode"]
+        self.caches = [open_cache(part) for part in mixture.parts] if cache else None
 
     def __getitem__(self, step: int) -> Batch:
-        epochs, samples = self.order.step(step, self.global_batch, self.rank, self.world)
+        epochs, samples = self.place.at(step)
         numbers = draws(self.seed, epochs, samples, DRAWS + 2).tolist()
-        pixels = np.zeros((len(samples), self.size, self.size, 3), np.uint8)
+        pixels_nhwc = new_bytes(len(samples), self.size, self.size, 3)
+        pixels = pixels_nhwc.numpy()
         valid = np.zeros(len(samples), bool)
         captions = [""] * len(samples)
-        ids = self.index.ids[samples].copy()
-        rejected: Counter[str] = Counter()
+        ids = self.mixture.ids[samples]
+        keys = [self.mixture.key(i) for i in samples.tolist()]
+        rejected = []
         for row, (sample, u) in enumerate(zip(samples.tolist(), numbers, strict=True)):
             try:
-                pixels[row] = self._pixels(sample, u)
+                variant = self._variant(sample, u[DRAWS], u[DRAWS + 1])
+                pixels[row], first = self._pair(sample, u)
+                captions[row] = first if variant is None else variant
             except Rejected as fault:
-                rejected[fault.reason] += 1
+                captions[row] = ""
+                rejected.append(Rejection(int(epochs[row]), self.mixture.shard_of(sample), keys[row], fault.reason))
                 continue
-            variant = self._variant(sample, u[DRAWS], u[DRAWS + 1])
-            captions[row] = self.index.caption(sample) if variant is None else variant
             if variant is not None:
                 ids[row] = caption_id(variant)
             valid[row] = True
         return Batch(
-            pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
+            pixels=pixels_nhwc.permute(0, 3, 1, 2),
             tokens=torch.as_tensor(self.tokenize(captions), dtype=torch.int64),
             ids=torch.from_numpy(ids),
             samples=torch.from_numpy(samples),
             valid=torch.from_numpy(valid),
-            keys=[self.index.key(i) for i in samples.tolist()],
-            rejected=dict(rejected),
+            keys=keys,
+            rejected=rejected,
         )
 
-    def _pixels(self, sample: int, u: list[float]) -> np.ndarray:
-        if self.cache is None:
-            return render(self.index.image(sample), self.size, self.augment, u, self.fill)
-        if sample in self.cache.rejected:
-            raise Rejected(self.cache.rejected[sample])
-        return render_image(Image.fromarray(self.cache.pixels[sample]), self.size, self.augment, u, self.fill)
+    def _pair(self, sample: int, u: list[float]) -> tuple[np.ndarray, str]:
+        """Pixels and first caption of a sample."""
+        if self.caches is None:
+            image, caption = self.mixture.pair(sample)
+            return render(image, self.size, self.augment, u, self.fill, self.decode), caption
+        part, i = self.mixture.locate(sample)
+        cache = self.caches[part]
+        if i in cache.rejected:
+            raise Rejected(cache.rejected[i])
+        return render_pixels(cache.pixels[i], self.size, self.augment, u, self.fill), self.mixture.caption(sample)
 
     def _variant(self, sample: int, chance: float, which: float) -> str | None:
         """One of the sample's further captions, with the wanted probability; None for its first one."""
         if chance < self.caption_variants:
-            variants = self.index.variants(sample)
+            variants = self.mixture.variants(sample)
             if variants:
                 return variants[int(which * len(variants))]
         return None
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)  # the training step needs the cores
-    os.nice(5)  # and goes first: on few cores a step waits for its slowest thread, and prefetching hides ours
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
-    # The main process decides how to end on Ctrl-C or a scheduler's signal, and may still want batches.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

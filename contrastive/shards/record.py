@@ -1,8 +1,10 @@
 """One image-text pair, a stream of them, and what can be told about its bytes without decoding them."""
 
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -15,6 +17,7 @@ class Record:
     captions: the first is *the* caption, the others are variants; empty where there is none.
     label: class name, where the source is labelled.
     meta: further scalar columns (source, license, …).
+    fault: why the source could not give this row, to be counted; None for all others.
     """
 
     key: str
@@ -22,6 +25,7 @@ class Record:
     captions: tuple[str, ...] = ()
     label: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    fault: str | None = None
 
 
 class Rejected(Exception):
@@ -32,14 +36,34 @@ class Rejected(Exception):
         self.reason = reason
 
 
-class Source:
-    """A re-iterable stream of records with a length.
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive rows of one file: the first lies `at` (a row number; for lines of text, a byte offset)."""
 
-    kind: "parquet", "csv", "jsonl", "images" or "shards". columns: names of a table's columns; else empty.
+    file: int
+    at: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows that become shard `number`; `row` is the number of the first one in the whole source."""
+
+    number: int
+    row: int
+    segments: tuple[Segment, ...]
+
+
+class Source:
+    """A re-iterable stream of records with a length, which can also be read in parts.
+
+    kind: "parquet", "csv", "jsonl", "datasets", "images" or "shards". columns: names of a table's columns;
+    else empty. files: what it is read from. rejected: counts of what it holds that is no row, by reason.
     """
 
     kind: str
     columns: list[str]
+    files: list[Path]
     limit: int | None = None
 
     def __iter__(self) -> Iterator[Record]:
@@ -51,12 +75,46 @@ class Source:
     def __str__(self) -> str:
         return f"{self.kind} of {len(self):,} records"
 
+    @property
+    def rejected(self) -> Mapping[str, int]:
+        return {}
+
+    def cut(self, size: int) -> list[Part]:
+        """The source as parts of `size` rows (the last may be shorter), the same at every call."""
+        every = ((file, at) for file, starts in enumerate(self._row_starts()) for at in starts)
+        rows = itertools.islice(every, self.limit)
+        parts: list[Part] = []
+        while chunk := list(itertools.islice(rows, size)):
+            groups = [list(group) for _, group in itertools.groupby(chunk, key=lambda row: row[0])]
+            segments = tuple(Segment(*group[0], len(group)) for group in groups)
+            parts.append(Part(len(parts), len(parts) * size, segments))
+        return parts
+
+    def read(self, part: Part) -> Iterator[Record]:
+        """The records of one part; those of all parts, in order, are those of the source."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal (as JSON) for two openings to give the same records."""
+        stats = [(file, file.stat()) for file in self.files]
+        files = [[os.path.abspath(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+        return {"kind": self.kind, "files": files, "limit": self.limit}
+
+    def _row_starts(self) -> Iterator[Iterable[int]]:
+        """For every file, where each of its rows lies, as in `Segment`."""
+        raise NotImplementedError
+
     def _records(self) -> Iterator[Record]:
         raise NotImplementedError
 
     def _count(self) -> int:
         raise NotImplementedError
 
+
+MAX_IMAGE_BYTES = 32 << 20  # of one encoded image
+MAX_CAPTION_BYTES = 64 << 10  # of the caption: ten pages
+MAX_TEXT_BYTES = 1 << 20  # of all captions of one pair
+MAX_JSON_BYTES = 2 << 20  # of a pair's .json: all captions, with room for marks and other columns
 
 # File name extensions of the formats that are read, as a folder or a tar may spell them.
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})

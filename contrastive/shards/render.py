@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from contrastive.images import square
-from contrastive.shards.augment import Augment, augment_image
-from contrastive.shards.decode import decode_image
+from contrastive.shards.augment import Augment, augment_pixels, crop_of
+from contrastive.shards.decode import decode_pixels
 
 
 def render(
@@ -16,16 +16,22 @@ def render(
     """uint8 (size, size, 3), RGB.
 
     augment: None for the evaluation transform. u: DRAWS uniform numbers in [0, 1).
-    decode: "exact" decodes in full; "fast" may decode a JPEG at a reduced scale that is not below `size`.
+    decode: "exact" decodes in full; "fast" may decode a JPEG at a reduced scale, of which the crop is not below `size`.
 
     Raises Rejected with a reason.
     """
-    return render_image(decode_image(data), size, augment, u, fill)
+
+    def shrink(width: int, height: int) -> float:
+        _, _, crop_width, crop_height = (0, 0, width, height) if augment is None else crop_of(width, height, augment, u)
+        return min(crop_width, crop_height) / size
+
+    return render_pixels(decode_pixels(data, shrink if decode == "fast" else None), size, augment, u, fill)
 
 
-def render_image(
-    image: Image.Image, size: int, augment: Augment | None, u: Sequence[float], fill: int = 255
+def render_pixels(
+    pixels: np.ndarray, size: int, augment: Augment | None, u: Sequence[float], fill: int = 255
 ) -> np.ndarray:
-    """`render` for an image that is decoded."""
-    image = square(image, size) if augment is None else augment_image(image, size, augment, u, fill)
-    return np.asarray(image)
+    """`render` for an image that is decoded, uint8 (height, width, 3)."""
+    if augment is None:
+        return np.asarray(square(Image.fromarray(pixels), size))
+    return augment_pixels(pixels, size, augment, u, fill)

@@ -2,14 +2,16 @@
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from contrastive.errors import UserError
 from contrastive.shards.folder import ImageFolder
+from contrastive.shards.hf_disk import DiskSource, is_saved_dataset
 from contrastive.shards.index import PathLike, ShardIndex, open_index
-from contrastive.shards.record import IMAGE_EXTENSIONS, Record, Source
-from contrastive.shards.tables import CsvSource, JsonLinesSource, ParquetSource
+from contrastive.shards.record import IMAGE_EXTENSIONS, Part, Record, Rejected, Source
+from contrastive.shards.tables import CsvSource, JsonLinesSource, ParquetSource, TableSource
 
 
 class ShardSource(Source):
@@ -20,8 +22,28 @@ class ShardSource(Source):
     def __init__(self, index: ShardIndex) -> None:
         self.index, self.columns = index, []
 
+    @property
+    def rejected(self) -> Mapping[str, int]:
+        return self.index.rejected if self.limit is None else {}
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.kind, "fingerprint": self.index.fingerprint, "limit": self.limit}
+
+    def _row_starts(self) -> Iterator[Iterable[int]]:
+        yield range(len(self.index))
+
+    def read(self, part: Part) -> Iterator[Record]:
+        for segment in part.segments:
+            yield from map(self._record, range(segment.at, segment.at + segment.rows))
+
     def _records(self) -> Iterator[Record]:
-        return (self.index.record(i) for i in range(len(self.index)))
+        return map(self._record, range(len(self.index)))
+
+    def _record(self, i: int) -> Record:
+        try:
+            return self.index.record(i)
+        except Rejected as rejected:
+            return Record(self.index.key(i), None, fault=rejected.reason)
 
     def _count(self) -> int:
         return len(self.index)
@@ -34,31 +56,40 @@ def open_source(
     caption: str | None = None,
     label: str | None = None,
     limit: int | None = None,
+    allow_outside: bool = True,
 ) -> Source:
     """Open a folder, file, glob or list of files as a stream of records; nothing is decoded.
 
     Tables (.parquet, .csv, .tsv, .jsonl): `image`, `caption` and `label` name the columns, and are guessed
     from the usual names where not given. The image is bytes (Parquet) or a path relative to the table.
-    Folders: of .tar shards, of images (with sidecar .txt captions, or one sub-folder a class), or of tables.
+    Without `allow_outside`, a path that leaves the table's folder is not read: the record's fault says so.
+    Folders: of .tar shards, of images (with sidecar .txt captions, or one sub-folder a class), of tables, or
+    written by `save_to_disk` of Hugging Face's `datasets`.
 
     Raises UserError: no such path, empty folder, mixed kinds, no such column (the columns found are listed).
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit}: give at least 1")
+    source = _open(path, image, caption, label)
+    source.limit = limit
+    if isinstance(source, TableSource):
+        source.allow_outside = allow_outside
+    return source
+
+
+def _open(path: PathLike | Sequence[PathLike], image: str | None, caption: str | None, label: str | None) -> Source:
+    if isinstance(path, str | os.PathLike) and is_saved_dataset(Path(path)):
+        return DiskSource(Path(path), image, caption, label)
     root, files = _expand(path)
     kind = _kind(path, files)
     if kind in ("shards", "images") and (image or caption or label):
         raise UserError(f"{path}: columns can be named for a table only, and this is a set of {kind}")
-    source: Source
     if kind == "shards":
-        source = ShardSource(open_index(path if root is not None else files))
-    elif kind == "images":
-        source = ImageFolder(root, files)
-    else:
-        tables = {"parquet": ParquetSource, "csv": CsvSource, "jsonl": JsonLinesSource}
-        source = tables[kind](files, image, caption, label)
-    if limit is not None and limit < 1:
-        raise UserError(f"limit {limit}: give at least 1")
-    source.limit = limit
-    return source
+        return ShardSource(open_index(path if root is not None else files))
+    if kind == "images":
+        return ImageFolder(root, files)
+    tables = {"parquet": ParquetSource, "csv": CsvSource, "jsonl": JsonLinesSource}
+    return tables[kind](files, image, caption, label)
 
 
 _KINDS = {

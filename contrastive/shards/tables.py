@@ -1,14 +1,20 @@
 """Tables of pairs: Parquet, CSV/TSV and JSON lines."""
 
+from __future__ import annotations
+
 import csv
+import itertools
 import json
 import math
+import os
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from contrastive.errors import UserError
-from contrastive.shards.record import Record, Source
+from contrastive.shards.record import Part, Record, Segment, Source
 
 IMAGE_NAMES = (
     "image",
@@ -36,7 +42,12 @@ LABEL_NAMES = ("label_name", "label", "class_name", "class", "category")
 
 
 class TableSource(Source):
-    """Rows of one or several files with the same columns."""
+    """Rows of one or several files with the same columns.
+
+    allow_outside: read images by paths that leave the table's folder.
+    """
+
+    allow_outside = True
 
     def __init__(
         self,
@@ -46,10 +57,7 @@ class TableSource(Source):
         label: str | None,
     ) -> None:
         self.files = files
-        try:
-            self.columns = self._read_columns()
-        except UnicodeDecodeError:
-            raise UserError(f"{self.files[0]}: not UTF-8; save it as UTF-8") from None
+        self.columns = self._read_columns()
         self.image_column = self._find("image", image, IMAGE_NAMES)
         self.caption_column = self._find("caption", caption, CAPTION_NAMES)
         self.label_column = self._find("label", label, LABEL_NAMES)
@@ -57,8 +65,23 @@ class TableSource(Source):
     def _read_columns(self) -> list[str]:
         raise NotImplementedError
 
-    def _rows(self) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    def _rows(self, segment: Segment) -> Iterator[Mapping[str, Any]]:
+        """The rows of a segment: fewer where the file ends before."""
         raise NotImplementedError
+
+    def _count(self) -> int:
+        return sum(sum(1 for _ in starts) for starts in self._row_starts())
+
+    def read(self, part: Part) -> Iterator[Record]:
+        number = part.row
+        for segment in part.segments:
+            for row in self._rows(segment):
+                yield self._record(number, self.files[segment.file], row)
+                number += 1
+
+    def identity(self) -> dict[str, Any]:
+        columns = [self.image_column, self.caption_column, self.label_column]
+        return {**super().identity(), "columns": columns, "allow_outside": self.allow_outside}
 
     def _find(self, role: str, named: str | None, guesses: tuple[str, ...]) -> str | None:
         found = ", ".join(self.columns)
@@ -73,16 +96,21 @@ class TableSource(Source):
         return match
 
     def _records(self) -> Iterator[Record]:
-        for number, (file, row) in enumerate(self._rows()):
-            label = row.get(self.label_column) if self.label_column else None
-            key = row.get("key")
-            yield Record(
-                key=f"{number:09d}" if key in (None, "") else str(key),
-                image=_image(file, row.get(str(self.image_column))),
-                captions=self._captions(row),
-                label=None if label in (None, "") else str(label),
-                meta=self._meta(row),
-            )
+        whole = tuple(Segment(file, 0, sys.maxsize) for file in range(len(self.files)))
+        return self.read(Part(0, 0, whole))
+
+    def _record(self, number: int, file: Path, row: Mapping[str, Any]) -> Record:
+        label = row.get(self.label_column) if self.label_column else None
+        key = row.get("key")
+        image, fault = _image(file, row.get(str(self.image_column)), self.allow_outside)
+        return Record(
+            key=f"{number:09d}" if key in (None, "") else str(key),
+            image=image,
+            captions=self._captions(row),
+            label=None if label in (None, "") else str(label),
+            meta=self._meta(row),
+            fault=fault,
+        )
 
     def _captions(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         values: list[Any] = []
@@ -123,14 +151,18 @@ class ParquetSource(TableSource):
 
         return pyarrow.parquet.ParquetFile(file)
 
-    def _count(self) -> int:
-        return sum(self._open(file).metadata.num_rows for file in self.files)
-
-    def _rows(self) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    def _row_starts(self) -> Iterator[Iterable[int]]:
         for file in self.files:
-            for batch in self._open(file).iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    yield file, row
+            yield range(self._open(file).metadata.num_rows)
+
+    def _rows(self, segment: Segment) -> Iterator[Mapping[str, Any]]:
+        table = self._open(self.files[segment.file])
+        first = 0
+        for group in range(table.num_row_groups):
+            last = first + table.metadata.row_group(group).num_rows
+            if first < segment.at + segment.rows and last > segment.at:
+                yield from rows_between(table.iter_batches(batch_size=256, row_groups=[group]), segment, first)
+            first = last
 
 
 class CsvSource(TableSource):
@@ -139,31 +171,36 @@ class CsvSource(TableSource):
     kind = "csv"
 
     def _read_columns(self) -> list[str]:
-        csv.field_size_limit(1 << 24)  # the default of 128 KiB is a limit on captions
-        with self._open(self.files[0]) as file:
-            header = file.readline()
+        header = next(Lines(self.files[0]), "")
         if not header.strip():
             raise UserError(f"{self.files[0]}: empty; the first line must name the columns")
         self.separator = max("\t,;|", key=lambda mark: len(next(csv.reader([header], delimiter=mark))))
         return [name.strip() for name in next(csv.reader([header], delimiter=self.separator))]
 
-    def _open(self, file: Path) -> Any:
-        return open(file, encoding="utf-8-sig", newline="")
+    def _row_starts(self) -> Iterator[Iterable[int]]:
+        return (self._starts(file) for file in self.files)
 
-    def _count(self) -> int:
-        return sum(1 for _ in self._rows())
+    def _starts(self, file: Path) -> Iterator[int]:
+        lines = Lines(file)
+        before = 0
+        for number, row in enumerate(self._split(lines)):
+            if row and number:
+                yield before
+            before = lines.at
 
-    def _rows(self) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-        for path in self.files:
-            try:
-                with self._open(path) as file:
-                    rows = csv.reader(file, delimiter=self.separator)
-                    next(rows, None)
-                    for row in rows:
-                        if row:
-                            yield path, dict(zip(self.columns, row, strict=False))
-            except UnicodeDecodeError:
-                raise UserError(f"{path}: not UTF-8; save it as UTF-8") from None
+    def _rows(self, segment: Segment) -> Iterator[Mapping[str, Any]]:
+        rows = self._split(Lines(self.files[segment.file], segment.at))
+        if not segment.at:
+            next(rows, None)  # the header
+        for row in itertools.islice(filter(None, rows), segment.rows):
+            yield dict(zip(self.columns, row, strict=False))
+
+    def _split(self, lines: Lines) -> Iterator[list[str]]:
+        csv.field_size_limit(1 << 24)  # the default of 128 KiB is a limit on captions
+        try:
+            yield from csv.reader(lines, delimiter=self.separator)
+        except csv.Error as fault:
+            raise UserError(f"{lines.path}: not readable as CSV near byte {lines.at:,} ({_one_line(fault)})") from None
 
 
 class JsonLinesSource(TableSource):
@@ -172,49 +209,101 @@ class JsonLinesSource(TableSource):
     kind = "jsonl"
 
     def _read_columns(self) -> list[str]:
-        first = next(self._rows(), None)
+        first = next(self._rows(Segment(0, 0, 1)), None)
         if first is None:
             raise UserError(f"{self.files[0]}: empty; give one JSON object a line")
-        return list(first[1])
+        return list(first)
 
-    def _count(self) -> int:
-        return sum(1 for _ in self._rows())
+    def _row_starts(self) -> Iterator[Iterable[int]]:
+        return (self._starts(file) for file in self.files)
 
-    def _rows(self) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-        for path in self.files:
-            with open(path, encoding="utf-8-sig") as file:
-                for number, line in enumerate(_utf8_lines(file, path), 1):
-                    if not line.strip():
-                        continue
-                    try:
-                        row = json.loads(line)
-                    except ValueError as fault:
-                        raise UserError(f"{path}: line {number} is not JSON ({_one_line(fault)})") from None
-                    if not isinstance(row, dict):
-                        raise UserError(f"{path}: line {number} is not a JSON object")
-                    yield path, row
+    def _starts(self, file: Path) -> Iterator[int]:
+        lines = Lines(file)
+        before = 0
+        for line in lines:
+            if line.strip():
+                yield before
+            before = lines.at
+
+    def _rows(self, segment: Segment) -> Iterator[Mapping[str, Any]]:
+        lines = Lines(self.files[segment.file], segment.at)
+        for line in itertools.islice((line for line in lines if line.strip()), segment.rows):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as fault:
+                raise UserError(f"{lines}is not JSON ({_one_line(fault)})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{lines}is not a JSON object")
+            yield row
 
 
-def _image(table: Path, value: Any) -> bytes | None:
-    """Bytes as they are; a path is relative to the table. None where there is none or the file is missing."""
+class Lines:
+    """The lines of a UTF-8 file from a byte offset on; `at` is the offset behind the last one given."""
+
+    def __init__(self, path: Path, at: int = 0) -> None:
+        self.path, self.at = path, at
+        self._file = open(path, "rb")
+        self._file.seek(at)
+        self._waiting: list[bytes] = []
+
+    def __iter__(self) -> Lines:
+        return self
+
+    def __next__(self) -> str:
+        if not self._waiting:
+            line = self._file.readline()
+            if not line:
+                self._file.close()
+                raise StopIteration
+            # a carriage return alone ends a line too, as in Python's text files
+            self._waiting = [piece for piece in re.split(rb"(?<=\r)(?!\n)", line) if piece][::-1]
+        piece = self._waiting.pop()
+        encoding = "utf-8" if self.at else "utf-8-sig"
+        self.at += len(piece)
+        try:
+            return piece.decode(encoding)
+        except UnicodeDecodeError:
+            raise UserError(f"{self.path}: not UTF-8; save it as UTF-8") from None
+
+    def __str__(self) -> str:
+        """Where the last line lies, to begin a message with."""
+        with open(self.path, "rb") as file:
+            number = len(file.read(self.at).splitlines())
+        return f"{self.path}: line {number} "
+
+
+def rows_between(batches: Iterable[Any], segment: Segment, first: int = 0) -> Iterator[Mapping[str, Any]]:
+    """The rows of a segment from Arrow batches, the first of which begins at row `first` of the file."""
+    for batch in batches:
+        start = max(segment.at - first, 0)
+        stop = min(segment.at + segment.rows - first, batch.num_rows)
+        if stop <= 0:
+            return
+        if start < stop:
+            yield from batch.slice(start, stop - start).to_pylist()
+        first += batch.num_rows
+
+
+def _image(table: Path, value: Any, allow_outside: bool) -> tuple[bytes | None, str | None]:
+    """The bytes (None where there are none or the file is missing), and why they were not read.
+
+    A path is relative to the table's folder.
+    """
     if isinstance(value, dict):  # as the `datasets` library stores images
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
-        return value
+        return value, None
     if not isinstance(value, str) or not value.strip():
-        return None
+        return None, None
+    folder = os.path.realpath(table.parent)
     try:
-        return (table.parent / value.strip()).read_bytes()
+        path = os.path.realpath(os.path.join(folder, value.strip()))
+        if not allow_outside and os.path.commonpath([folder, path]) != folder:
+            return None, "path outside the table's folder"
+        return Path(path).read_bytes(), None
     except (OSError, ValueError):
-        return None
+        return None, None
 
 
 def _one_line(fault: Exception) -> str:
     return str(fault).split("\n")[0]
-
-
-def _utf8_lines(file: Iterable[str], path: Path) -> Iterator[str]:
-    try:
-        yield from file
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; save it as UTF-8") from None

@@ -5,6 +5,7 @@ from contrastive.training.checkpoint import check_identity, list_checkpoints
 from contrastive.training.optimizer import adamw
 from contrastive.training.progress import LINE_EVERY_SECONDS
 from contrastive.training.schedule import Duration, Schedule
+from contrastive.training.skips import Skips, TooManySkips, check_share
 from contrastive.training.tracking import append_metrics, environment, read_metrics
 from contrastive.training.trainer import NonFinite, Trainer
 
@@ -13,12 +14,15 @@ __all__ = [
     "Duration",
     "NonFinite",
     "Schedule",
+    "Skips",
+    "TooManySkips",
     "Trainer",
     "adamw",
     "append_metrics",
     "cached_backward",
     "check_chunkable",
     "check_identity",
+    "check_share",
     "environment",
     "list_checkpoints",
     "read_metrics",

@@ -137,16 +137,20 @@ def check_identity(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The state of the checkpoint `path`, if it belongs to a run with this `identity`.
 
     Args:
-        identity: entries of the state that must be equal (the model's description, the data's fingerprint …).
+        identity: entries of the state that must be equal (the model's description …); those under "loader" are
+            entries of the loader's state (the data's fingerprint …), which holds more.
 
     Raises:
         UserError: the checkpoint belongs to another model, data set or batch size.
     """
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    for key, value in identity.items():
-        if state.get(key) != value:
+    loader = state.get("loader", {})
+    pairs = [(key, state.get(key), value) for key, value in identity.items() if key != "loader"]
+    pairs += [(key, loader.get(key), value) for key, value in identity.get("loader", {}).items()]
+    for key, saved, now in pairs:
+        if saved != now:
             raise UserError(
-                f"{path}: cannot resume, its {key} is another one ({_difference(state.get(key), value)}); "
+                f"{path}: cannot resume, its {key} is another one ({_difference(saved, now)}); "
                 "resume with the recipe that it was started with, or choose another run.dir"
             )
     return state

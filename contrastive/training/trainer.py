@@ -6,10 +6,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -21,10 +21,21 @@ from contrastive.errors import UserError
 from contrastive.training.checkpoint import load_checkpoint, save_checkpoint
 from contrastive.training.progress import Progress
 from contrastive.training.schedule import Duration, Schedule
+from contrastive.training.skips import Skips
 from contrastive.training.step import LossFunction, TrainStep
 from contrastive.training.tracking import Tracker
 
 Validate = Callable[[Any], dict[str, float]]
+
+
+class Loader(Protocol):
+    """See `Trainer`."""
+
+    identity: dict[str, Any]
+
+    def state(self, step: int) -> dict[str, Any]: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class NonFinite(UserError):
@@ -34,11 +45,14 @@ class NonFinite(UserError):
 class Trainer:
     """Trains a two-tower model until its duration is over, it is told to stop, or the loss is no number.
 
-    Every rank runs the same steps. What must be decided alike (stop? how far are we?) is agreed in one small
-    all-reduce a step, never from a rank's own clock.
+    Every rank runs the same steps. What must be decided alike (stop? did a loader fail? is too much of the data bad?)
+    is agreed in one small all-reduce a step, behind the loader and before the towers: no rank enters a collective that
+    another will not reach. A run of so many minutes agrees on the time in a second one.
 
     Args:
-        make_loader: ``start_step -> iterable of batches``; batches are a pure function of the step.
+        make_loader: ``start_step -> iterable of batches``; batches are a pure function of the step. It has
+            ``identity``, JSON that is equal for equal streams, and ``state(step)``, see `PairLoader`.
+        skips: counts what the loader leaves out, and stops the run when that is too much.
         chunk: rows that a process puts through the towers at once, see `TrainStep`.
         identity: what a checkpoint must have in common with this run to be resumed (JSON).
         validate: ``two-tower model -> {name: share of 1}``, called on the main process every `validate_every` (a
@@ -53,7 +67,8 @@ class Trainer:
         optimizer: Optimizer,
         schedule: Schedule,
         duration: Duration,
-        make_loader: Callable[[int], Iterable[Any]],
+        make_loader: Callable[[int], Loader],
+        skips: Skips,
         *,
         run_dir: Path,
         global_batch: int,
@@ -67,24 +82,22 @@ class Trainer:
         log_every: int = 10,
         quiet: bool = False,
     ) -> None:
-        self.accelerator, self.schedule, self.duration, self.make_loader = (
-            accelerator,
-            schedule,
-            duration,
-            make_loader,
-        )
+        self.accelerator, self.schedule, self.duration = accelerator, schedule, duration
+        self.make_loader, self.skips = make_loader, skips
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         # A loss may keep something from step to step (a module with buffers): it is on the device and in checkpoints.
         self.loss = loss.to(accelerator.device).train() if isinstance(loss, nn.Module) else None
         self.train_step = TrainStep(accelerator, self.model, loss, self.optimizer, clip=clip, chunk=chunk)
-        self.run_dir, self.global_batch, self.identity = run_dir, global_batch, identity
+        self.run_dir, self.global_batch = run_dir, global_batch
+        self._loader = make_loader(0)  # what is wrong with it is told before the first step
+        self.identity = {**identity, "loader": self._loader.identity}
         self.checkpoint_every, self.keep = checkpoint_every, keep
         self.validate, self.validate_every = validate, validate_every
         self.log_every = log_every
         self.quiet = quiet
         self.step = 0  # optimizer steps done: the whole position in the data
         self.seconds = 0.0  # training time, validation and saving left out
-        self.rejected: dict[str, int] = {}
+        self._saved_step = 0
 
     # ---- the loop
 
@@ -93,30 +106,37 @@ class Trainer:
 
         Returns:
             True when the run is complete, False when it was stopped early (`stop_after` or a signal).
+
+        Raises:
+            UserError: a loader failed or too much of the data is bad, behind a checkpoint to go on from; the loss or
+                a weight is not finite. Every rank raises at the same step.
         """
         self.model.train()
         if resume_from is not None:
             self._restore(resume_from)
-        loader = iter(self.make_loader(self.step))
+        self._loader = self.make_loader(self.step)
+        batches = iter(self._loader)
         tracker = Tracker(self.accelerator, self.run_dir, from_step=self.step)
         progress = Progress(enabled=self.accelerator.is_main_process and not self.quiet)
         window = _Window()
         share = self.duration.progress(self.step, self.seconds)
         stopping = False
-        with _stop_on_signal() as stop_requested, _closing(loader):
+        with _stop_on_signal() as stop_requested, _closing(batches):
             # A step lasts from one turn of the loop to the next: an accelerator works on after the call returns, and
             # whoever waits for it first pays. Saving and validation are left out by starting the clock anew.
             started = time.perf_counter()
             while share < 1.0 and not stopping:
                 waiting = time.perf_counter()
-                batch = next(loader)
+                batch, fault = _fetch(batches)
                 wait = time.perf_counter() - waiting
+                stopping = self._agree(stop_requested.is_set(), batch, fault)
                 factor = self.schedule.factor(self.step, share)
                 metrics = self.train_step(batch, factor)
                 self.step += 1
                 before, now = share, time.perf_counter()
                 seconds, started = now - started, now
-                stopping, share = self._agree(stop_requested.is_set(), seconds, batch.rejected)
+                self.seconds += self._slowest(seconds)
+                share = self.duration.progress(self.step, self.seconds)
                 stopping = stopping or self.step == stop_after
                 window.add(metrics, wait, seconds, factor)
                 if self.step % self.log_every == 0 or share >= 1.0 or stopping:
@@ -132,18 +152,41 @@ class Trainer:
         progress.close()
         return share >= 1.0
 
-    def _agree(self, stop: bool, seconds: float, rejected: dict[str, int]) -> tuple[bool, float]:
-        """Decide alike on every rank whether to stop and how far the run is; count what any rank rejected."""
-        everyones = [rejected]
+    def _agree(self, stop: bool, batch: Any, fault: Exception | None) -> bool:
+        """Whether to stop behind this step; every rank decides alike, from what the loaders of all of them gave.
+
+        Raises:
+            UserError: see `fit`; a rank whose own loader raised `fault` raises that.
+        """
+        failed = self.skips.failed if fault is None else str(fault) or type(fault).__name__
+        own = (stop, [] if batch is None else batch.rejected, failed)
+        everyones = [own]
         if self.accelerator.num_processes > 1:
-            own = torch.tensor([float(stop), seconds, float(bool(rejected))], device=self.accelerator.device)
-            stopped, longest, some = self.accelerator.gather(own).view(-1, 3).amax(0).tolist()
-            stop, seconds = stopped > 0, longest
-            everyones = gather_object([rejected]) if some else []
-        for reason, count in (pair for each in everyones for pair in each.items()):
-            self.rejected[reason] = self.rejected.get(reason, 0) + count
-        self.seconds += seconds
-        return stop, self.duration.progress(self.step, self.seconds)
+            remarkable = torch.tensor([float(any(own))], device=self.accelerator.device)
+            everyones *= self.accelerator.num_processes
+            if float(self.accelerator.reduce(remarkable, reduction="sum")) > 0:  # seldom: objects are slow to pass on
+                everyones = gather_object([own])
+        faults = [failed for _, _, failed in everyones if failed is not None]
+        try:
+            if fault is not None:
+                raise fault
+            if faults:
+                raise UserError(faults[0])
+            self.skips.add(self.step + 1, [one for _, rejected, _ in everyones for one in rejected])
+        except Exception as error:
+            if self.step > self._saved_step:
+                self._save()
+            if self.step and isinstance(error, UserError):
+                raise type(error)(f"{error}. With --resume the run goes on from step {self.step}") from None
+            raise
+        return any(stop for stop, _, _ in everyones)
+
+    def _slowest(self, seconds: float) -> float:
+        """The time of a step, on every rank alike where the end of the run depends on it."""
+        if self.accelerator.num_processes == 1 or self.duration.minutes is None:
+            return seconds
+        own = torch.tensor([seconds], device=self.accelerator.device)
+        return float(self.accelerator.gather(own).max())
 
     # ---- what happens now and then
 
@@ -159,7 +202,7 @@ class Trainer:
         row = {f"train/{key}": value for key, value in values.items()}
         row |= {"train/lr_factor": window.lr_factor, "train/pairs_per_second": rate, "train/data_wait": wait}
         row |= {"train/samples": float(self.step * self.global_batch), "train/seconds": self.seconds}
-        row |= {f"train/rejected_{reason.replace(' ', '_')}": float(n) for reason, n in self.rejected.items()}
+        row |= {f"train/rejected_{reason.replace(' ', '_')}": float(n) for reason, n in self.skips.counts.items()}
         tracker.log(self.step, row)
         progress.update(self.step, share, self.seconds, rate, wait, values["loss"])
         if not math.isfinite(values["loss"]):
@@ -197,13 +240,25 @@ class Trainer:
                 f"a weight is not finite after step {self.step}; nothing was saved. Lower optim.lr or set optim.clip, "
                 "and go on from the newest checkpoint with --resume"
             )
-        state = {"step": self.step, "seconds": self.seconds, "rejected": self.rejected, **self.identity}
+        loader = {**self._loader.state(self.step), "counters": self.skips.state()}
+        state = {"step": self.step, "seconds": self.seconds, **self.identity, "loader": loader}
         folder = self.run_dir / "checkpoints"
         save_checkpoint(folder, self.accelerator, self.model, self.optimizer, state, loss=self.loss, keep=self.keep)
+        self._saved_step = self.step
 
     def _restore(self, path: Path) -> None:
         state = load_checkpoint(path, self.accelerator, self.model, self.optimizer, self.identity, loss=self.loss)
-        self.step, self.seconds, self.rejected = state["step"], state["seconds"], dict(state["rejected"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.skips.restore(state["loader"]["counters"])
+        self._saved_step = self.step
+
+
+def _fetch(batches: Iterator[Any]) -> tuple[Any, Exception | None]:
+    """The next batch, or the error in its place: a rank that raised it at once would leave the others waiting."""
+    try:
+        return next(batches), None
+    except Exception as error:
+        return None, error
 
 
 class _Window:

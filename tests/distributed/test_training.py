@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from contrastive.build import build_accelerator, build_model, build_trainer
+from contrastive.build import build_accelerator, build_data, build_model, build_trainer
 from contrastive.pretrain import pretrain
-from contrastive.shards import open_index
 from tests.distributed.spawn import run_ranks
 from tests.tiny import tiny_config, write_corpus
 
@@ -31,16 +30,16 @@ def train(rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[st
 
 def gradients(rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str]) -> dict[str, torch.Tensor]:
     config = tiny_config(corpus, run_dir / f"rank-{rank}" / "run", *EXACT, *overrides)
-    index = open_index(config.data.train)
+    data = build_data(config)
     accelerator = build_accelerator(config)
     path = corpus / "tokenizer.json"
     if rank == 0 and not path.exists():
         from contrastive.models import train_tokenizer
 
-        train_tokenizer(index.captions(), vocab_size=300).save(str(path))
+        train_tokenizer(data.captions(), vocab_size=300).save(str(path))
     accelerator.wait_for_everyone()
     config = tiny_config(corpus, run_dir / f"rank-{rank}" / "run", *EXACT, *overrides, f"model.tokenizer.path={path}")
-    trainer = build_trainer(config, accelerator, build_model(config), index, quiet=True)
+    trainer = build_trainer(config, accelerator, build_model(config), data, quiet=True)
     batch = next(iter(trainer.make_loader(0)))
     out = trainer.model(batch.pixels, batch.tokens)
     loss = trainer.train_step.loss(out["image"], out["text"], out["scale"], out["bias"], ids=batch.ids)

@@ -32,13 +32,13 @@ def test_ranks_equal_brute_force_for_any_tile(queries, candidates, distinct, see
         forth, back = rank_both(query, candidate, query_ids, candidate_ids)
         hits, values = best_hits(query, candidate, 4)
     scores = query @ candidate.T
-    for found, matrix, asked, given in (
+    for found, matrix, asked, held in (
         (forth, scores, query_ids, candidate_ids),
         (back, scores.T, candidate_ids, query_ids),
     ):
-        assert found.pessimistic.tolist() == brute_force_ranks(matrix, asked, given, strict=False)
-        has = np.isin(asked, given)
-        assert found.above[has].tolist() == brute_force_ranks(matrix[has], asked[has], given, strict=True)
+        assert found.pessimistic.tolist() == brute_force_ranks(matrix, asked, held, strict=False)
+        has = np.isin(asked, held)
+        assert found.above[has].tolist() == brute_force_ranks(matrix[has], asked[has], held, strict=True)
     np.testing.assert_array_equal(values, -np.sort(-scores, axis=1)[:, :4])
     np.testing.assert_array_equal(np.take_along_axis(scores, hits, axis=1), values)
 

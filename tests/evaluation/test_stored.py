@@ -2,7 +2,10 @@
 
 import json
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -75,11 +78,15 @@ def test_the_cache_gives_the_rows_of_a_plain_pass_and_encodes_nothing_twice(coun
 def test_every_form_of_source_may_be_kept(model, pairs, tmp_path):
     write_shards(open_source(pairs), tmp_path / "shards")
     (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{p},a\n" for p in sorted(pairs.glob("*.png"))))
+    files = sorted(pairs.glob("*.png"))
+    rows = {"image": [{"bytes": file.read_bytes(), "path": file.name} for file in files]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "on disk"))
     expected = embed(model, pairs).image
     images = [square(NAMES[n % 4], n) for n in range(8)]
     for source in (
         pairs, open_index(tmp_path / "shards"), tmp_path / "shards", str(pairs / "*.png"),
-        sorted(pairs.glob("*.png")), images, tmp_path / "t.csv",
+        files, images, tmp_path / "t.csv", tmp_path / "t.parquet", tmp_path / "on disk",
     ):  # fmt: skip
         for _ in range(2):
             np.testing.assert_array_equal(embed(model, source, cache=tmp_path / "c", text=False).image, expected)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from contrastive.errors import UserError
-from contrastive.shards import Augment, augment_image
+from contrastive.shards import Augment, augment_pixels
 from contrastive.shards.augment import DRAWS
 
 HALF = [0.5] * DRAWS
@@ -13,6 +13,10 @@ HALF = [0.5] * DRAWS
 
 def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def augment_image(image: Image.Image, size: int, augment: Augment, u: list[float], fill: int = 255) -> Image.Image:
+    return Image.fromarray(augment_pixels(np.asarray(image), size, augment, u, fill))
 
 
 def draws(**places: float) -> list[float]:
@@ -141,3 +145,11 @@ def test_a_setting_out_of_range_is_named(options: dict[str, object]) -> None:
 def test_an_image_of_any_shape_can_be_changed(width: int, height: int, u: list[float], rotate: float) -> None:
     augment = Augment(crop=(0.5, 1.0), ratio=4 / 3, color=0.3, tint=0.5, rotate=rotate)
     assert augment_image(noise(width, height), 16, augment, u).size == (16, 16)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (2, 2), (1, 40), (40, 1)])
+@pytest.mark.parametrize("place", [0.0, 0.5, 0.999999])
+def test_an_image_of_a_pixel_has_a_crop_too(width: int, height: int, place: float) -> None:
+    u = [0.0, place, place, place, *HALF[4:]]
+    augment = Augment(crop=(0.08, 1.0))
+    assert augment_pixels(np.asarray(noise(width, height)), 6, augment, u).shape == (6, 6, 3)

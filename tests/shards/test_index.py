@@ -1,3 +1,4 @@
+import hashlib
 import io
 import os
 import pickle
@@ -42,8 +43,8 @@ def test_ids_are_equal_where_captions_differ_in_case_and_space_only(shards: Shar
 
 def test_the_index_is_saved_and_read_back(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = shards(records(6))
-    assert (tmp_path / "shards" / "index.npz").exists()
-    monkeypatch.setattr("contrastive.shards.index._scan", lambda shards: pytest.fail("scanned again"))
+    assert (tmp_path / "shards" / "index.tables").exists()
+    monkeypatch.setattr("contrastive.shards.index.scan_shard", lambda shard: pytest.fail("scanned again"))
     again = open_index(tmp_path / "shards")
     assert again.fingerprint == index.fingerprint
     assert again.record(5) == index.record(5)
@@ -57,9 +58,12 @@ def test_a_changed_shard_is_indexed_again(shards: Shards, tmp_path: Path) -> Non
     assert after.fingerprint != before.fingerprint
 
 
-def test_a_damaged_saved_index_is_built_again(shards: Shards, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["index.tables", "index.json"])
+@pytest.mark.parametrize("left", [0, 5, 60, 500, -1])
+def test_a_damaged_saved_index_is_built_again(name: str, left: int, shards: Shards, tmp_path: Path) -> None:
     index = shards(records(3))
-    (tmp_path / "shards" / "index.npz").write_bytes(b"PK\x03\x04 and then nothing")
+    path = tmp_path / "shards" / name
+    path.write_bytes(path.read_bytes()[:left])
     assert open_index(tmp_path / "shards").fingerprint == index.fingerprint
 
 
@@ -69,7 +73,7 @@ def test_a_folder_that_cannot_be_written_is_indexed_in_memory(tmp_path: Path, mo
     def refuse(*arguments: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("contrastive.shards.index.os.replace", refuse)
+    monkeypatch.setattr("contrastive.shards.tables_file.os.replace", refuse)
     assert len(open_index(tmp_path / "a")) == 3
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["00000.tar", "manifest.json"]
 
@@ -97,7 +101,7 @@ def test_samples_with_a_missing_half_are_counted(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", files)
     index = open_index(tmp_path)
     assert [index.key(i) for i in range(len(index))] == ["a"]
-    assert index.rejected == {"caption not UTF-8": 1, "neither": 1, "no caption": 2, "no image": 1}
+    assert index.rejected == {"caption not UTF-8": 1, "empty caption": 1, "no caption": 1, "no image": 2}
 
 
 def test_shards_without_captions_are_an_error(tmp_path: Path) -> None:
@@ -106,10 +110,11 @@ def test_shards_without_captions_are_an_error(tmp_path: Path) -> None:
         open_index(tmp_path)
 
 
-def test_two_images_of_one_key_are_an_error(tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", [("a.png", encoded()), ("a.jpg", encoded()), ("a.txt", b"which?")])
-    with pytest.raises(UserError, match="sample 'a'"):
-        open_index(tmp_path)
+def test_of_two_images_of_one_key_the_first_stays_and_the_second_is_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", encoded(1)), ("a.jpg", encoded(2)), ("a.txt", b"which?")])
+    index = open_index(tmp_path)
+    assert index.image(0) == encoded(1)
+    assert index.rejected == {"duplicate key": 1}
 
 
 def test_a_damaged_shard_is_an_error(shards: Shards, tmp_path: Path) -> None:
@@ -139,3 +144,18 @@ def test_an_index_travels_to_another_process(shards: Shards) -> None:
     index = shards(records(6))
     index.image(0)  # has a file open now
     assert pickle.loads(pickle.dumps(index)).record(5) == index.record(5)
+
+
+def test_key_hashes_are_those_of_the_keys_alone(shards: Shards) -> None:
+    index = shards(records(6))
+    expected = [hashlib.blake2b(index.key(i).encode(), digest_size=8).digest() for i in range(len(index))]
+    assert index.key_hashes.dtype == np.uint64
+    assert index.key_hashes.astype("<u8").tobytes() == b"".join(expected)
+
+
+def test_an_index_of_another_version_is_built_again(shards: Shards, tmp_path: Path) -> None:
+    index = shards(records(3))
+    saved = tmp_path / "shards" / "index.json"
+    saved.write_text(saved.read_text().replace('"version": 3', '"version": 2'))
+    assert open_index(tmp_path / "shards").fingerprint == index.fingerprint
+    assert '"version": 3' in saved.read_text()

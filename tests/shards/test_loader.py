@@ -15,6 +15,7 @@ from contrastive.shards import (
     Batch,
     PairLoader,
     Record,
+    Rejected,
     ShardIndex,
     open_index,
     resize_square,
@@ -44,7 +45,7 @@ def test_a_batch_has_the_promised_shapes(shards: Shards) -> None:
     batch = load(shards(records(10)))[0]
     assert (batch.pixels.dtype, tuple(batch.pixels.shape)) == (torch.uint8, (4, 3, 12, 12))
     assert (batch.tokens.dtype, tuple(batch.tokens.shape)) == (torch.int64, (4, 2))
-    assert (batch.ids.dtype, batch.valid.tolist(), batch.rejected) == (torch.int64, [True] * 4, {})
+    assert (batch.ids.dtype, batch.valid.tolist(), batch.rejected) == (torch.int64, [True] * 4, [])
 
 
 def test_rows_belong_together(shards: Shards) -> None:
@@ -119,11 +120,36 @@ def test_a_bad_sample_is_counted_and_stays_in_its_place(shards: Shards) -> None:
     (whole,) = load(shards(records(8), "good"), global_batch=8, steps=1)
     bad = [key for key, valid in zip(batch.keys, batch.valid.tolist(), strict=True) if not valid]
     assert sorted(bad) == ["sample-003", "sample-006"]
-    assert batch.rejected == {"truncated or damaged": 1, "not an image": 1}
+    assert sorted(one.key for one in batch.rejected) == sorted(bad)
+    assert {(one.key, one.reason, one.epoch, Path(one.shard).name) for one in batch.rejected} == {
+        ("sample-003", "truncated or damaged", 0, "00000.tar"),
+        ("sample-006", "not an image", 0, "00001.tar"),
+    }
     assert batch.pixels[~batch.valid].max() == 0
     assert batch.tokens[~batch.valid].tolist() == lengths(["", ""]).tolist()
     assert batch.keys == whole.keys
     assert torch.equal(batch.pixels[batch.valid], whole.pixels[batch.valid])
+
+
+@pytest.mark.parametrize("part", ["pair", "variants"])
+def test_what_a_shard_refuses_to_give_is_a_rejection_in_its_place(
+    shards: Shards, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    index = shards(records(8))
+    whole = getattr(ShardIndex, part)
+
+    def refuse(self: ShardIndex, i: int) -> Any:
+        if i == 3:
+            raise Rejected("shard changed since indexing")
+        return whole(self, i)
+
+    monkeypatch.setattr(ShardIndex, part, refuse)
+    chance = 1.0 if part == "variants" else 0.0
+    (batch,) = load(index, global_batch=8, steps=1, caption_variants=chance)
+    row = batch.keys.index("sample-003")
+    assert [(one.key, one.reason) for one in batch.rejected] == [("sample-003", "shard changed since indexing")]
+    assert (~batch.valid).nonzero().tolist() == [[row]]
+    assert batch.pixels[row].max() == 0 and batch.tokens[row].tolist() == lengths([""])[0].tolist()
 
 
 def test_variants_are_drawn_as_often_as_asked(shards: Shards) -> None:
@@ -161,11 +187,9 @@ def test_the_cache_is_built_once(shards: Shards, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_cache_of_replaced_pixels_is_built_again(tmp_path: Path) -> None:
-    # Raw pixels: another image with the same length, hence the same index and fingerprint.
+    # Raw pixels: another image with the same length, hence the same offsets and sizes.
     for round in (0, 1):
         item = Record("a", encoded(round, format="BMP"), ("same",))
-        if round:
-            (tmp_path / "a" / "index.npz").unlink()
         folder = tmp_path / f"new{round}"
         write_shards([item], folder)
         if round:
@@ -188,25 +212,27 @@ def test_a_batch_that_does_not_divide_is_refused(shards: Shards) -> None:
         load(shards(records(4)), world=3)
 
 
-def test_members_that_would_run_code_are_never_opened(tmp_path: Path) -> None:
-    import io
-    import pickle
-    import tarfile
+@pytest.mark.parametrize("samples", [1, 7, 1000])
+def test_a_shard_of_any_size_gives_whole_epochs_with_more_workers_than_shards(tmp_path: Path, samples: int) -> None:
+    image = encoded(size=(4, 4))
+    write_shards([Record(f"{i:04d}", image, (str(i),)) for i in range(samples)], tmp_path / "s")
+    index = open_index(tmp_path / "s")
+    batch, steps = 6, -(-2 * samples // 6)  # the tail of the second epoch shares its batch with the third
+    options = {"global_batch": batch, "world": 2, "steps": steps, "workers": 3, "augment": None, "image_size": 4}
+    ranks = [load(index, rank=rank, **options) for rank in range(2)]
+    keys = [key for step in range(steps) for rank in ranks for key in rank[step].keys][: 2 * samples]
+    assert sorted(keys) == sorted(2 * [f"{i:04d}" for i in range(samples)])
 
-    class Bomb:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (pytest.fail, ("unpickled",))
 
-    members = {
-        "a.png": encoded(),
-        "a.txt": b"text",
-        "a.pyd": pickle.dumps(Bomb()),
-        "a.json": json.dumps({}).encode(),
-    }
-    (tmp_path / "s").mkdir()
-    with tarfile.open(tmp_path / "s" / "x.tar", "w") as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    assert load(open_index(tmp_path / "s"), global_batch=1, steps=1)[0].keys == ["a"]
+def test_the_state_names_all_that_the_stream_depends_on(shards: Shards) -> None:
+    index = shards(records(10))
+    loader = PairLoader(index, tokenize=lengths, image_size=12, augment=STRONG, global_batch=4, seed=5, window=2)
+    state = loader.state(6)  # 24 pairs
+    assert json.loads(json.dumps(state)) == state
+    assert {key: state[key] for key in ("seed", "global_batch", "window", "epoch", "cursor", "fingerprint")} == {
+        "seed": 5, "global_batch": 4, "window": 2, "epoch": 2, "cursor": 4, "fingerprint": index.fingerprint,
+    }  # fmt: skip
+    others = [("augment", None), ("image_size", 8), ("caption_variants", 0.5), ("decode", "fast"), ("seed", 6)]
+    for name, value in others:
+        options: dict[str, Any] = {"image_size": 12, "augment": STRONG, "seed": 5, "window": 2, name: value}
+        assert PairLoader(index, tokenize=lengths, global_batch=4, **options).identity != loader.identity, name

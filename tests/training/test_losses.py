@@ -53,7 +53,7 @@ def weights(config) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("overrides", LOSSES.values(), ids=LOSSES)
 def test_every_loss_trains(make_config, overrides):
-    config = make_config(*overrides, "train.steps=40", "optim.lr=3e-3")
+    config = make_config(*overrides, "train.steps=80", "optim.lr=3e-3")
     pretrain(config, quiet=True)
     logged = rows(config)
     accuracy = next(key for key in ("train/accuracy", "train/infonce_accuracy", "train/loss") if key in logged[0])

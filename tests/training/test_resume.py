@@ -46,6 +46,9 @@ def test_the_run_that_is_compared_has_learned_something(make_config, uninterrupt
     ("model.text.width=64", "its model is another one .*width: saved 32, now 64"),
     ("train.global_batch=8", "its global_batch is another one .saved 16, now 8"),
     ("run.seed=1", "its seed is another one"),
+    ("data.window=4", "its window is another one .saved 32, now 4"),
+    ("data.augment.color=0.4", "its transform is another one .augment.color: saved 0.2, now 0.4"),
+    ("data.caption_variants=0.5", "its transform is another one .caption_variants: saved 0.0, now 0.5"),
 ])  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused(make_config, override, words):
     pretrain(make_config(), stop_after=2, quiet=True)

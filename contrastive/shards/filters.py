@@ -1,0 +1,191 @@
+"""Which pairs are kept, and how their images are re-encoded, when shards are made."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from contrastive.errors import UserError
+from contrastive.images import to_rgb
+from contrastive.shards.decode import FORMATS, decode_image
+from contrastive.shards.index import caption_id
+from contrastive.shards.record import Record, Rejected, image_extension
+
+ENCODINGS = {"webp": "webp", "jpeg": "jpg", "png": "png"}
+
+
+class Scorer(Protocol):
+    """Scores pairs by how well image and caption fit. It travels to other processes by pickle."""
+
+    minimum: float
+
+    def identity(self) -> Any:
+        """What must be equal (as JSON) for two scorers to give the same scores."""
+
+    def prepare(self, image: Image.Image) -> Any:
+        """What is kept of an RGB image until it is scored."""
+
+    def score(self, images: Sequence[Any], captions: Sequence[str]) -> Sequence[float]:
+        """One score a pair; a pair below `minimum` is left out."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Limits on the pairs that are kept; None for no limit.
+
+    min_size: pixels of the shorter side, as the source stores it. max_aspect: longer side over shorter side.
+    min_caption, max_caption: characters of the first caption (words would mean nothing in scripts without
+    spaces). deduplicate: "caption" (equal apart from case and white space), "image" (equal bytes) or "both"
+    (either repeats); the first in source order is kept.
+    """
+
+    min_size: int | None = None
+    max_aspect: float | None = None
+    min_caption: int | None = None
+    max_caption: int | None = None
+    deduplicate: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("min_size", "max_aspect", "min_caption", "max_caption"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < float("inf"):
+                raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
+        if self.min_caption and self.max_caption and self.min_caption > self.max_caption:
+            raise UserError(f"--min-caption {self.min_caption}: is above --max-caption {self.max_caption}")
+        if self.deduplicate not in (None, "caption", "image", "both"):
+            raise UserError(f"--deduplicate {self.deduplicate}: give caption, image or both")
+
+    def reason(self, record: Record) -> str | None:
+        """Why a pair is left out, told from its text and its image's header; None where it is kept."""
+        length = len(record.captions[0])
+        if self.min_caption is not None and length < self.min_caption:
+            return "caption too short"
+        if self.max_caption is not None and length > self.max_caption:
+            return "caption too long"
+        if self.min_size is None and self.max_aspect is None:
+            return None
+        assert record.image is not None
+        try:
+            short, long = sorted(_header_size(record.image))
+        except Rejected as rejected:
+            return rejected.reason
+        if self.min_size is not None and short < self.min_size:
+            return "image too small"
+        if self.max_aspect is not None and long > self.max_aspect * short:
+            return "image too elongated"
+        return None
+
+
+def image_id(data: bytes) -> int:
+    """A 64-bit signed hash of an image's bytes."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def pair_ids(record: Record) -> tuple[int, int]:
+    """What tells pairs apart: the hashes of the image and of the first caption."""
+    assert record.image is not None
+    return image_id(record.image), caption_id(record.captions[0])
+
+
+DUPLICATES = (None, "duplicate image", "duplicate caption")
+
+
+def repeated(ids: np.ndarray, deduplicate: str) -> np.ndarray:
+    """Which rows repeat an earlier one: uint8 (n,), numbers of DUPLICATES.
+
+    ids: int64 (n, 2), image and caption. A row that is left out for its image hides no later caption.
+    """
+    found = np.zeros(len(ids), np.uint8)
+    for number, name in ((1, "image"), (2, "caption")):
+        if deduplicate in (name, "both"):
+            kept = np.flatnonzero(found == 0)
+            first = np.unique(ids[kept, number - 1], return_index=True)[1]
+            again = np.ones(len(kept), bool)
+            again[first] = False
+            found[kept[again]] = number
+    return found
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How images are changed. Bytes stay untouched where an image has the wanted size and format already.
+
+    resize: pixels of the `mode` side ("shorter" or "longer"); smaller images are not enlarged.
+    format: "webp", "jpeg" or "png"; None keeps the image's own (PNG for GIF, BMP and TIFF). quality: of WebP
+    and JPEG, 1 to 100.
+    """
+
+    resize: int | None = None
+    mode: str = "shorter"
+    format: str | None = None
+    quality: int = 90
+
+    def __post_init__(self) -> None:
+        if self.resize is not None and self.resize < 1:
+            raise UserError(f"--resize {self.resize}: give at least 1")
+        if self.mode not in ("shorter", "longer"):
+            raise UserError(f"--resize-mode {self.mode}: give shorter or longer")
+        if self.format not in (None, *ENCODINGS):
+            raise UserError(f"--format {self.format}: give webp, jpeg or png")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"--quality {self.quality}: give 1 to 100")
+
+    def __bool__(self) -> bool:
+        return self.resize is not None or self.format is not None
+
+    def apply(self, record: Record, image: Image.Image) -> Record:
+        """The record with its image re-encoded where that is needed. image: its pixels, upright."""
+        assert record.image is not None
+        size = self._size(image.size)
+        own = image_extension(record.image)
+        wanted = ENCODINGS[self.format] if self.format else own if own in ("webp", "jpg") else "png"
+        if size == image.size and wanted == own:
+            return record
+        if size != image.size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        if wanted == "jpg" and max(size) > 65_500 or wanted == "webp" and max(size) > 16_383:
+            raise Rejected("image too large")
+        buffer = io.BytesIO()
+        options = {} if wanted == "png" else {"quality": self.quality}
+        image.save(buffer, "JPEG" if wanted == "jpg" else wanted.upper(), **options)
+        return replace(record, image=buffer.getvalue())
+
+    def _size(self, size: tuple[int, int]) -> tuple[int, int]:
+        side = min(size) if self.mode == "shorter" else max(size)
+        if self.resize is None or side <= self.resize:
+            return size
+        width, height = (max(1, round(edge * self.resize / side)) for edge in size)
+        return width, height
+
+
+def upright(data: bytes) -> Image.Image:
+    """The image as RGB, turned as its EXIF orientation says, without any metadata. Raises Rejected."""
+    image = decode_image(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd EXIF blocks
+            turned = to_rgb(ImageOps.exif_transpose(image))
+    except Exception:  # an EXIF block that cannot be read turns nothing
+        turned = image
+    turned = turned.copy()
+    turned.info = {}
+    return turned
+
+
+def _header_size(data: bytes) -> tuple[int, int]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return image.size
+    except Image.DecompressionBombError:
+        raise Rejected("too many pixels") from None
+    except Exception:  # PIL's plugins let many kinds of error through
+        raise Rejected("not an image") from None
