@@ -16,7 +16,9 @@ from typing import NoReturn, Protocol, cast
 
 from contrastive.errors import UserError
 
-COMMANDS = ("train", "shard", "check", "tokenizer", "classify", "probe", "evaluate", "recipes", "bench", "selfcheck")
+COMMANDS = (
+    "train", "shard", "check", "tokenizer", "embed", "classify", "probe", "evaluate", "recipes", "bench", "selfcheck",
+)  # fmt: skip
 
 
 class Command(Protocol):

@@ -1,14 +1,18 @@
-"""What a trained model can do: embedding, zero-shot, linear probe, retrieval, and the report of a run."""
+"""What a trained model can do: embedding, classifiers, retrieval, comparison, and the report of a run."""
 
+from contrastive.evaluation.cautions import reader_warnings
 from contrastive.evaluation.controls import ProbeOutcome, probe_with_controls
 from contrastive.evaluation.embed import Embeddings, embed, embed_texts
+from contrastive.evaluation.examples import Examples
 from contrastive.evaluation.fewshot import few_shot
 from contrastive.evaluation.knn import knn_sweep
-from contrastive.evaluation.labelled import open_labelled
+from contrastive.evaluation.labelled import has_captions, open_labelled
+from contrastive.evaluation.predictions import Predictions, write_predictions
 from contrastive.evaluation.probe import LinearProbe
 from contrastive.evaluation.report import write_report
+from contrastive.evaluation.stored import model_hash
 from contrastive.evaluation.table import format_results_table
-from contrastive.evaluation.tasks import Evaluation, Examples, evaluate_labelled, evaluate_pairs
+from contrastive.evaluation.tasks import Evaluation, evaluate_labelled, evaluate_pairs
 from contrastive.evaluation.templates import read_templates
 from contrastive.evaluation.zeroshot import ZeroShotClassifier
 
@@ -17,6 +21,7 @@ __all__ = [
     "Evaluation",
     "Examples",
     "LinearProbe",
+    "Predictions",
     "ProbeOutcome",
     "ZeroShotClassifier",
     "embed",
@@ -25,9 +30,13 @@ __all__ = [
     "evaluate_pairs",
     "few_shot",
     "format_results_table",
+    "has_captions",
     "knn_sweep",
+    "model_hash",
     "open_labelled",
     "probe_with_controls",
     "read_templates",
+    "reader_warnings",
+    "write_predictions",
     "write_report",
 ]

@@ -5,8 +5,9 @@ Legend: N images that could be read, D dimensions, H = W = the model's image siz
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,23 +23,29 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from contrastive.errors import UserError
+from contrastive.evaluation.duplicates import difference_hashes
 from contrastive.evaluation.protocol import Model, inference
 from contrastive.images import to_rgb
 from contrastive.shards import Record, Rejected, ShardIndex, Source, decode_image, open_source
+from contrastive.shards.sources import ShardSource
 
 Images = str | PathLike[str] | Source | ShardIndex | Sequence[Any]
 Progress = Callable[[int, int], None]  # images done, images in all
+Functions = Mapping[str, Callable[[list[Image.Image]], Any]]
 
 
 @dataclass(frozen=True)
 class Embeddings:
     """Rows of the images that could be read, in the order of the source.
 
-    image: float32 (N, D), one row an image.  text: float32 (N, D) of each image's first caption; None when
-    not asked
-    for or where an image has no caption.  keys, captions, labels: lists of N; captions ("" where there is
-    none) and labels are None when the source has none.  failures: key -> reason, of the images that were left
-    out.
+    image: float32 (N, D), one row an image.  text: float32 (T, D), one row a caption: of each image's first
+    caption (T = N), or of all of them; None when not asked for, where an image has no first caption, or where no
+    image has one.  image_of_text: int64 (T,), the row of each caption's image.
+    keys, labels: lists of N; labels is None when some image has none.  captions: a list of T texts ("" where there is
+    none), None when the source has none.  failures: key -> reason, of the images that were left out.
+    image_tower (N, F), text_tower (T, E): the features before the projection, with features="both".
+    looks: uint64 (N, 4), the perceptual hashes (see `duplicates`), with features="both".  content: a hash of what was
+    read: keys, labels, captions and the bytes of every image.
     """
 
     image: NDArray[np.float32]
@@ -47,6 +54,11 @@ class Embeddings:
     keys: list[str]
     captions: list[str] | None
     failures: dict[str, str]
+    image_of_text: NDArray[np.int64] | None = None
+    image_tower: NDArray[np.float32] | None = None
+    text_tower: NDArray[np.float32] | None = None
+    looks: NDArray[np.uint64] | None = None
+    content: str = ""
 
     @property
     def rejected(self) -> dict[str, int]:
@@ -56,11 +68,16 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Extracted:
-    """What `extract` found: the features of each function by name, and the records (without image bytes)."""
+    """What `extract` found: features by name, the records (without image bytes), and a hash of what was read.
+
+    reasons: of every item of the source in order, why it could not be read; None where it could.
+    """
 
     features: dict[str, NDArray[Any]]
     records: list[Record]
     failures: dict[str, str]
+    reasons: list[str | None]
+    content: str
 
 
 def embed(
@@ -70,51 +87,121 @@ def embed(
     batch_size: int = 256,
     features: str = "projected",
     workers: int = 0,
-    text: bool = True,
+    text: bool | str = True,
     invert: bool = False,
     dtype: torch.dtype | None = None,
+    cache: str | PathLike[str] | None = None,
+    max_unreadable: float = 1.0,
     progress: Progress | None = None,
 ) -> Embeddings:
-    """Embed the images of a source, and their first captions.
+    """Embed the images of a source, and their captions.
 
     Args:
         source: anything that `contrastive.shards.open_source` takes, a `Source`, a `ShardIndex`, or a list of
             PIL images and paths.
-        features: "projected" (normalised, comparable with texts) or "tower" (before the projection, for
-        probes, of the text tower too). workers: threads that decode ahead; 0 decodes in between.
-        text: embed the captions too, if every image has one.
+        features: "projected" (normalised, comparable with texts), "tower" (before the projection, for
+            probes, of the text tower too), or "both" from one pass: projected, and beside them
+            `image_tower`, `text_tower` and `looks`.
+        workers: threads that decode ahead; 0 decodes in between.
+        text: True or "first" embeds first captions, if every image has one; "all" embeds every caption; False none.
         invert: turn the images into their negatives first (a white drawing on black becomes black on white).
         dtype: see `inference`.
+        cache: a folder that keeps the rows, memory-mapped when they are read again; several sets and models may
+            share it (see `contrastive.evaluation.stored`). All ranks of a process group must call this
+            alike; each then does its slice.
+        max_unreadable: the share of images that may be unreadable.
 
     Raises:
-        UserError: the source is wrong or empty, or none of its images can be read.
+        UserError: the source is wrong or empty, none of its images can be read, or more than `max_unreadable`.
     """
-    if features not in ("projected", "tower"):
-        raise UserError(f"features: '{features}' is unknown; use projected or tower")
-    encode = model.encode_image if features == "projected" else model.image_features
-    found = extract(
+    if features not in ("projected", "tower", "both"):
+        raise UserError(f"features: '{features}' is unknown; use projected, tower or both")
+    if cache is not None:
+        from contrastive.evaluation.stored import embed_stored  # which imports this file
+
+        found = embed_stored(
+            model,
+            source,
+            cache,
+            features=features,
+            text=text,
+            batch_size=batch_size,
+            workers=workers,
+            invert=invert,
+            dtype=dtype,
+            progress=progress,
+        )
+        check_readable(source, len(found.keys), found.failures, max_unreadable)
+        return found
+    seen = extract(
         model,
         source,
-        {"image": on_pixels(model, encode)},
+        {"image": on_images(model, features)},
         batch_size=batch_size,
         workers=workers,
         invert=invert,
         dtype=dtype,
         progress=progress,
     )
-    captions = [record.captions[0] if record.captions else "" for record in found.records]
-    labels = [record.label for record in found.records]
-    embedded = None
-    if text and all(captions):
-        embedded = embed_texts(model, captions, batch_size=batch_size, features=features, dtype=dtype)
+    check_readable(source, len(seen.records), seen.failures, max_unreadable)
+    texts, owners = caption_rows(seen.records, text)
+    rows_of_text: dict[str, NDArray[np.float32]] = {}
+    if texts:
+        rows_of_text = encode_texts(model, texts, batch_size=batch_size, features=features, dtype=dtype)
+    return assemble(seen.records, seen.failures, seen.features, rows_of_text, texts, owners, seen.content)
+
+
+def caption_rows(records: Sequence[Record], text: bool | str) -> tuple[list[str], NDArray[np.int64]]:
+    """The captions to embed and the row of each one's image; none where first captions are missing."""
+    if text not in (True, False, "first", "all"):
+        raise UserError(f"text: '{text}' is unknown; use first, all or False")
+    if text == "all":
+        pairs = [(caption, row) for row, record in enumerate(records) for caption in record.captions]
+        return [caption for caption, _ in pairs], np.array([row for _, row in pairs], dtype=np.int64)
+    firsts = [record.captions[0] if record.captions else "" for record in records]
+    return (firsts if text and all(firsts) else []), np.arange(len(firsts), dtype=np.int64)
+
+
+def assemble(
+    records: Sequence[Record],
+    failures: dict[str, str],
+    of_image: dict[str, NDArray[Any]],
+    of_text: dict[str, NDArray[Any]],
+    texts: list[str],
+    owners_T: NDArray[np.int64],
+    content: str,
+) -> Embeddings:
+    """`Embeddings` of the records that could be read, from their rows by kind ("image", "image_tower", …)."""
+    labels = [record.label for record in records]
+    captions = texts or [record.captions[0] if record.captions else "" for record in records]
     return Embeddings(
-        image=found.features["image"],
-        text=embedded,
+        image=of_image["image"],
+        text=of_text.get("text"),
         labels=None if None in labels else [str(label) for label in labels],
-        keys=[record.key for record in found.records],
+        keys=[record.key for record in records],
         captions=captions if any(captions) else None,
-        failures=found.failures,
+        failures=failures,
+        image_of_text=owners_T if texts else None,
+        image_tower=of_image.get("image_tower"),
+        text_tower=of_text.get("text_tower"),
+        looks=of_image.get("looks"),
+        content=content,
     )
+
+
+def check_readable(source: Images, read: int, failures: dict[str, str], limit: float) -> None:
+    """Raises `UserError`, with the commonest reasons and a few keys, when too large a share could not be read."""
+    total = read + len(failures)
+    if not read:
+        shown = ", ".join(f"{key}: {reason}" for key, reason in list(failures.items())[:3])
+        reasons = f"none of the {total} images can be read ({shown})" if failures else "there is no image"
+        raise UserError(f"{_name(source)}: {reasons}")
+    if len(failures) > limit * total:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in Counter(failures.values()).most_common(3))
+        raise UserError(
+            f"{_name(source)}: {len(failures)} of {total} images cannot be read ({reasons}; first "
+            f"{next(iter(failures))}), the limit is {limit:.1%}; mend them or raise the limit"
+        )
 
 
 def embed_texts(
@@ -130,23 +217,31 @@ def embed_texts(
     Each distinct text is encoded once. Texts of like length share a batch, since a batch is as wide as its
     longest.
     """
+    return encode_texts(model, texts, batch_size=batch_size, features=features, dtype=dtype)["text"]
+
+
+def encode_texts(
+    model: Model, texts: Sequence[str], *, batch_size: int, features: str, dtype: torch.dtype | None
+) -> dict[str, NDArray[np.float32]]:
+    """As `embed_texts`, by name: "text", and with features="both" also "text_tower", from one pass."""
     # Most words first: if memory is too small, it shows at once.
     distinct = sorted(set(texts), key=lambda text: (len(text.split()), len(text), text), reverse=True)
     row = {text: index for index, text in enumerate(distinct)}
-    encode = model.encode_text if features == "projected" else model.text_features
-    blocks = []
+    blocks: dict[str, list[NDArray[np.float32]]] = {}
     with inference(model, dtype):
         for start in range(0, len(distinct), batch_size):
             tokens = model.tokenize(distinct[start : start + batch_size]).to(model.device)
-            blocks.append(encode(tokens).float().cpu().numpy())
-    encoded: NDArray[np.float32] = np.concatenate(blocks)
-    return encoded[[row[text] for text in texts]]
+            encoded = _encode("text", features, tokens, model.text_features, model.encode_text)
+            for name, values in encoded.items():
+                blocks.setdefault(name, []).append(values)
+    order = np.array([row[text] for text in texts])
+    return {name: np.concatenate(parts)[order] for name, parts in blocks.items()}
 
 
 def extract(
     model: Model,
     source: Images,
-    functions: dict[str, Callable[[list[Image.Image]], NDArray[Any]]],
+    functions: Functions,
     *,
     batch_size: int = 256,
     workers: int = 0,
@@ -156,18 +251,39 @@ def extract(
 ) -> Extracted:
     """One pass over a source: each function sees each batch of RGB images and returns one row an image.
 
-    Raises `UserError` when no image can be read.
+    A function may return several kinds of rows, by name. Raises `UserError` when no image can be read.
     """
     records = open_images(source)
     total = len(records)  # type: ignore[arg-type]
-    rows: dict[str, list[NDArray[Any]]] = {name: [] for name in functions}
+    found = extract_items(model, records, functions, batch_size, workers, invert, dtype, progress, total)
+    check_readable(source, len(found.records), found.failures, 1.0)
+    return found
+
+
+def extract_items(
+    model: Model,
+    records: Iterable[Any],
+    functions: Functions,
+    batch_size: int,
+    workers: int,
+    invert: bool,
+    dtype: torch.dtype | None,
+    progress: Progress | None,
+    total: int,
+) -> Extracted:
+    """`extract` over items as `read_item` takes or gives them; it may be that none can be read."""
+    rows: dict[str, list[NDArray[Any]]] = {}
     kept: list[Record] = []
     failures: dict[str, str] = {}
+    reasons: list[str | None] = []
+    digest = hashlib.blake2b(digest_size=16)
     done = 0
     for batch in _decoded(records, batch_size, workers):
         done += len(batch)
         images = []
-        for record, image in batch:
+        for record, image, content in batch:
+            digest.update(content)
+            reasons.append(image.reason if isinstance(image, Rejected) else None)
             if isinstance(image, Rejected):
                 failures[record.key] = image.reason
                 continue
@@ -176,14 +292,38 @@ def extract(
         if images:
             with inference(model, dtype):
                 for name, function in functions.items():
-                    rows[name].append(function(images))
+                    made = function(images)
+                    for kind, block in (made if isinstance(made, dict) else {name: made}).items():
+                        rows.setdefault(kind, []).append(block)
         if progress is not None:
             progress(done, total)
-    if not kept:
-        shown = ", ".join(f"{key}: {reason}" for key, reason in list(failures.items())[:3])
-        reasons = f"none of the {total} images can be read ({shown})" if failures else "there is no image"
-        raise UserError(f"{_name(source)}: {reasons}")
-    return Extracted({name: np.concatenate(blocks) for name, blocks in rows.items()}, kept, failures)
+    features = {name: np.concatenate(blocks) for name, blocks in rows.items()}
+    return Extracted(features, kept, failures, reasons, digest.hexdigest())
+
+
+def on_images(model: Model, features: str) -> Callable[[list[Image.Image]], dict[str, NDArray[Any]]]:
+    """The rows of images by kind: "image" and, with features="both", "image_tower" and "looks"."""
+
+    def rows(images: list[Image.Image]) -> dict[str, NDArray[Any]]:
+        pixels = torch.stack([model.preprocess(image) for image in images]).to(model.device)
+        found: dict[str, NDArray[Any]] = _encode("image", features, pixels, model.image_features, model.encode_image)
+        if features == "both":
+            found["looks"] = difference_hashes(images)
+        return found
+
+    return rows
+
+
+def _encode(
+    name: str, features: str, inputs: Tensor, tower: Callable[[Tensor], Tensor], encode: Callable[[Tensor], Tensor]
+) -> dict[str, NDArray[Any]]:
+    """Rows under `name`, and for "both" the tower's own under `name`_tower: the trunk runs once."""
+    if features == "both":
+        before = tower(inputs)
+        made = {name: encode(before), f"{name}_tower": before}
+    else:
+        made = {name: (encode if features == "projected" else tower)(inputs)}
+    return {kind: rows.float().cpu().numpy() for kind, rows in made.items()}
 
 
 def on_pixels(model: Model, encode: Callable[[Tensor], Tensor]) -> Callable[[list[Image.Image]], NDArray[np.float32]]:
@@ -202,7 +342,7 @@ def open_images(source: Images) -> Iterable[Record]:
     if isinstance(source, Source):
         return source
     if isinstance(source, ShardIndex):
-        return _IndexRecords(source)
+        return ShardSource(source)
     if isinstance(source, (str, PathLike)):
         return open_source(source)
     if not len(source):
@@ -213,22 +353,9 @@ def open_images(source: Images) -> Iterable[Record]:
     return list(source)  # decoded item by item: see `_decode`
 
 
-class _IndexRecords:
-    """The samples of a shard index, in order."""
-
-    def __init__(self, index: ShardIndex) -> None:
-        self.index = index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self.index.record(i) for i in range(len(self.index)))
-
-
 def _decoded(
     records: Iterable[Any], batch_size: int, workers: int
-) -> Iterator[list[tuple[Record, Image.Image | Rejected]]]:
+) -> Iterator[list[tuple[Record, Image.Image | Rejected, bytes]]]:
     """Batches of decoded images, in order; with workers, the next batch is decoded while this one is used."""
     items = iter(enumerate(records))
     pool = ThreadPoolExecutor(workers) if workers else None
@@ -240,21 +367,48 @@ def _decoded(
             yield batch
 
 
-def _decode(numbered: tuple[int, Any]) -> tuple[Record, Image.Image | Rejected]:
+def _decode(numbered: tuple[int, Any]) -> tuple[Record, Image.Image | Rejected, bytes]:
     number, item = numbered
-    if isinstance(item, Image.Image):
-        return Record(f"image {number}", None), to_rgb(item)
-    if not isinstance(item, Record):
-        try:
-            item = Record(str(item), Path(item).read_bytes())
-        except OSError as error:
-            return Record(str(item), None), Rejected((error.strerror or str(error)).lower())
-    if item.image is None:
-        return item, Rejected("no such image")
+    record, image = item if isinstance(item, tuple) else read_item(number, item)
+    content = content_hash(record, image)
+    if image is not None:
+        return record, image if isinstance(image, Rejected) else to_rgb(image), content
+    if record.image is None:
+        return record, Rejected("no such image"), content
     try:
-        return item, decode_image(item.image)
+        return record, decode_image(record.image), content
     except Rejected as rejected:
-        return item, rejected
+        return record, rejected, content
+
+
+def read_item(number: int, item: Any) -> tuple[Record, Image.Image | Rejected | None]:
+    """One item of a source as a record with its bytes; the image beside it where there are no bytes to decode."""
+    if isinstance(item, Record):
+        return item, None if item.fault is None else Rejected(item.fault)
+    if isinstance(item, Image.Image):
+        return Record(f"image {number}", None), item
+    try:
+        return Record(str(item), Path(item).read_bytes()), None
+    except OSError as error:
+        return Record(str(item), None), Rejected((error.strerror or str(error)).lower())
+
+
+def decoded_images(source: Images, *, invert: bool = False, workers: int = 0) -> Iterator[Image.Image]:
+    """The images of a source that can be read, in its order: those, and as, `embed` sees them."""
+    for batch in _decoded(open_images(source), 256, workers):
+        for _, image, _ in batch:
+            if not isinstance(image, Rejected):
+                yield ImageOps.invert(image) if invert else image
+
+
+def content_hash(record: Record, image: Image.Image | Rejected | None) -> bytes:
+    """16 bytes that change with the key, the label, a caption, or a byte of the image."""
+    digest = hashlib.blake2b(repr((record.key, record.label, record.captions)).encode(), digest_size=16)
+    if isinstance(image, Image.Image):
+        digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+    elif record.image is not None:
+        digest.update(record.image)
+    return digest.digest()
 
 
 def _name(source: Images) -> str:

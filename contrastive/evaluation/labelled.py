@@ -43,3 +43,9 @@ def check_complete(name: str, labels: Sequence[str | None], keys: Sequence[str])
     if missing:
         raise UserError(f"{name}: {len(missing)} images have no label, the first is {missing[0]}")
     return [str(label) for label in labels]
+
+
+def has_captions(path: Images) -> bool:
+    """Whether the first image of a source has a caption."""
+    source: Any = open_source(path) if isinstance(path, (str, PathLike)) else path
+    return bool(getattr(next(iter(source), None), "captions", ()))

@@ -25,6 +25,7 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
     @property
     def logit_scale(self) -> Any: ...  # the logarithm of the scale
+    # The two that encode also take what the two that follow give, floats (N, F) or (N, E), and project them.
     def encode_image(self, pixels: Tensor) -> Tensor: ...  # uint8 (N, 3, H, W) -> (N, D), normalised
     def encode_text(self, tokens: Tensor) -> Tensor: ...  # int64 (N, L) -> (N, D), normalised
     def image_features(self, pixels: Tensor) -> Tensor: ...  # uint8 (N, 3, H, W) -> (N, F)
@@ -32,6 +33,9 @@ class Model(Protocol):
     def preprocess(self, image: Image.Image) -> Tensor: ...  # -> uint8 (3, H, W)
     def tokenize(self, texts: Sequence[str]) -> Tensor: ...  # -> int64 (N, L)
     def modules(self) -> Any: ...
+    def named_modules(self) -> Any: ...
+    def named_parameters(self) -> Any: ...
+    def named_buffers(self) -> Any: ...
 
 
 @contextmanager

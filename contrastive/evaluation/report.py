@@ -1,21 +1,18 @@
-"""`report.html` of a run: one file without outside references, to read on a desk or a phone."""
+"""`report.html`: of a pretraining run, and of an evaluation; both have the same sections for the same results."""
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from contrastive.evaluation.figures import training_curves
+from contrastive.evaluation.examples import Case, Examples, Hits
+from contrastive.evaluation.figures import Map, training_curves
+from contrastive.evaluation.page import details, figure, percent, picture, section, table, write_page
+from contrastive.evaluation.sections import JUDGED, set_sections
 from contrastive.evaluation.table import Row, result_rows
-from contrastive.evaluation.tasks import Case, Examples, Hits
 
 
 def write_report(
@@ -24,49 +21,46 @@ def write_report(
     results: dict[str, Any],
     metrics: Sequence[dict[str, Any]] = (),
     examples: Mapping[str, Examples] | None = None,
+    maps: Mapping[str, Map | None] | None = None,
     config: str = "",
     environment: dict[str, Any] | None = None,
 ) -> Path:
     """Write the report to `path` (under a temporary name first) and return it.
 
     Args:
-        results: see `contrastive.evaluation.table`; `run` is the title.  metrics: rows of `metrics.jsonl`.
-        examples: by the name of the set, from `evaluate_pairs(…, examples=n)` and `evaluate_labelled`.
-        config: the resolved recipe as text.  environment: versions and hardware.
+        results: see `contrastive.evaluation.table`; `run` is the title, `warnings` are lines that stand above all
+            numbers, `comparison` is that of `compare_samples` by set.  metrics: rows of `metrics.jsonl`.
+        examples, maps: by the name of the set, from `evaluate_pairs(…, examples=n)` and `evaluate_labelled`.
+        config: the resolved recipe, or what the evaluation was asked for, as text.  environment: versions and hardware.
     """
     rows = list(result_rows(results))
+    warned = "".join(f"<li>{html.escape(line)}</li>" for line in results.get("warnings", ()))
     sections = [
+        f'<ul class="warnings">{warned}</ul>' if warned else "",
         _key_numbers(rows, results),
-        _section("Results", _table(rows) + _seconds(results.get("seconds", {}))),
-        _section("Training", _curves(metrics)),
+        _section_of_comparison(results),
+        section("Results", _table(rows) + _seconds(results.get("seconds", {}))),
+        section("Training", _curves(metrics)),
     ]
-    for name, shown in (examples or {}).items():
+    for name, found in results["sets"].items():
+        shown = (examples or {}).get(name, Examples())
+        worst_note = f"{WORST_NOTE} Task: {JUDGED.get(shown.worst_of, shown.worst_of)}."
+        judged = JUDGED.get(shown.worst_of, "zero-shot")
         sections += [
-            _section(f"{name}: what a caption finds", _hits(shown.hits), HITS_NOTE),
-            _section(f"{name}: zero-shot, right", _cases(shown.right), CASES_NOTE),
-            _section(f"{name}: zero-shot, wrong", _cases(shown.wrong), CASES_NOTE),
+            *set_sections(name, found, (maps or {}).get(name)),
+            section(f"{name}: most wrong", _cases(shown.worst), worst_note),
+            section(f"{name}: what a caption finds", _hits(shown.hits), HITS_NOTE),
+            section(f"{name}: {judged}, right", _cases(shown.right), CASES_NOTE),
+            section(f"{name}: {judged}, wrong", _cases(shown.wrong), CASES_NOTE),
         ]
     sections += [
-        _details("Recipe", config),
-        _details("Environment", json.dumps(environment, indent=2) if environment else ""),
+        details("Recipe" if metrics else "Configuration", config),
+        details("Environment", json.dumps(environment, indent=2) if environment else ""),
     ]
-    style = files("contrastive.evaluation").joinpath("report.css").read_text(encoding="utf-8")
-    title = html.escape(str(results.get("run", "contrastive")))
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>\n{style}</style></head>\n<body><main>\n<h1>{title}</h1>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main></body></html>\n"
-    )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
-    return path
+    return write_page(path, str(results.get("run", "contrastive")), sections)
 
 
+WORST_NOTE = "Wrong answers whose true class was found least probable: look for wrong labels and odd images first."
 HITS_NOTE = (
     "For captions drawn at random, the eight images whose embeddings are nearest, best first; under each "
     "image its own caption. A solid frame: the caption is the image's own."
@@ -74,16 +68,29 @@ HITS_NOTE = (
 CASES_NOTE = "Drawn at random. The three likeliest captions with their probabilities."
 
 
-def _section(title: str, body: str, note: str = "") -> str:
-    note = f'<p class="note">{html.escape(note)}</p>\n' if note else ""
-    return f"<section><h2>{html.escape(title)}</h2>\n{note}{body}</section>" if body else ""
+def _section_of_comparison(results: Mapping[str, Any]) -> str:
+    """A table of two models for each set."""
+    text = ""
+    for name, found in results.get("comparison", {}).items():
+        rows = []
+        for measure, row in found["measures"].items():
+            change = row["difference"]
+            p = row["mcnemar"]["p"] if "mcnemar" in row else change["p"]
+            interval = f"{100 * change['value']:+.1f}  ({100 * change['low']:+.1f} – {100 * change['high']:+.1f})"
+            rows.append([measure, f"{100 * row['a']:.1f}", f"{100 * row['b']:.1f}", interval, f"{p:.2g}"])
+        note = (
+            f"a = {found['a']}, b = {found['b']}; 95 % intervals of paired resamples; p: McNemar's exact test where an "
+        )
+        note += "answer is right or wrong, else the bootstrap's."
+        text += section(f"{name}: two models", table(("", "a", "b", "b − a", "p"), rows), note)
+    return text
 
 
 def _key_numbers(rows: list[Row], results: dict[str, Any]) -> str:
     wanted = ("zero-shot, top-1", "linear probe, top-1", "image to text, recall@5")
     cards = [
         f"<li><strong>{100 * row.value:.1f} %</strong><span>{html.escape(row.task)}</span>"
-        f"<small>{html.escape(row.part)}; chance {_percent(row.chance)}</small></li>"
+        f"<small>{html.escape(row.part)}; chance {percent(row.chance)}</small></li>"
         for task in wanted
         for row in rows
         if row.task == task
@@ -101,8 +108,8 @@ def _table(rows: list[Row]) -> str:
             part = row.part
             lines.append(f'<tr><th colspan="4" scope="rowgroup">{html.escape(part)}</th></tr>')
         lines.append(
-            f"<tr><td>{html.escape(row.task)}</td><td>{100 * row.value:.1f}</td>"
-            f"<td>{100 * row.low:.1f} – {100 * row.high:.1f}</td><td>{_percent(row.chance, '')}</td></tr>"
+            f"<tr><td>{html.escape(row.task)}</td><td>{row.shown(row.value)}</td>"
+            f"<td>{row.shown(row.low)} – {row.shown(row.high)}</td><td>{percent(row.chance, '')}</td></tr>"
         )
     head = "<tr><th></th><th>%</th><th>95 % interval</th><th>chance</th></tr>"
     return f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>\n" if lines else ""
@@ -114,10 +121,7 @@ def _seconds(seconds: dict[str, float]) -> str:
 
 
 def _curves(metrics: Sequence[dict[str, Any]]) -> str:
-    figures = "".join(
-        f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
-        for title, svg in training_curves(metrics).items()
-    )
+    figures = "".join(figure(title, svg) for title, svg in training_curves(metrics).items())
     return f'<div class="curves">{figures}</div>' if figures else ""
 
 
@@ -125,7 +129,7 @@ def _hits(hits: Iterable[Hits]) -> str:
     blocks = []
     for hit in hits:
         tiles = "".join(
-            f"<li{' class=right' if right else ''}>{_image(image, own)}<span>{html.escape(own)}</span></li>"
+            f"<li{' class=right' if right else ''}>{picture(image, own)}<span>{html.escape(own)}</span></li>"
             for image, own, right in hit.images
         )
         blocks.append(f'<h3>“{html.escape(hit.caption)}”</h3><ul class="tiles">{tiles}</ul>')
@@ -141,20 +145,5 @@ def _cases(cases: Iterable[Case]) -> str:
             for name, chance in case.guesses
         )
         truth = html.escape(case.truth)
-        blocks.append(f"<li>{_image(case.image, case.truth)}<div><b>{truth}</b><ol>{guesses}</ol></div></li>")
+        blocks.append(f"<li>{picture(case.image, case.truth)}<div><b>{truth}</b><ol>{guesses}</ol></div></li>")
     return f'<ul class="cases">{"".join(blocks)}</ul>' if blocks else ""
-
-
-def _details(title: str, text: str) -> str:
-    return f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>" if text else ""
-
-
-def _image(image: Image.Image, alt: str) -> str:
-    data = io.BytesIO()
-    image.save(data, format="PNG", optimize=True)
-    encoded = base64.b64encode(data.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{encoded}" alt="{html.escape(alt, quote=True)}">'
-
-
-def _percent(share: float | None, unit: str = " %") -> str:
-    return "" if share is None else f"{100 * share:.2f}{unit}"

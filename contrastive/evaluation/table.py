@@ -6,12 +6,12 @@ evaluate_labelled}, "seconds": {part: seconds}}`; `run` and `seconds` may be abs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """One measurement; `value`, `low`, `high`, `chance` are shares of 1. `part` heads a group of rows."""
+    """One measurement; `part` heads a group of rows. `value`, `low`, `high`, `chance`: shares of 1 if `unit` is "%"."""
 
     part: str
     task: str
@@ -19,6 +19,11 @@ class Row(NamedTuple):
     low: float
     high: float
     chance: float | None
+    unit: str = "%"
+
+    def shown(self, value: float) -> str:
+        """A number of this row as it is read: in percent, or as it is."""
+        return f"{100 * value if self.unit == '%' else value:.1f}"
 
 
 PROBES = {
@@ -36,11 +41,19 @@ def result_rows(results: dict[str, Any]) -> Iterator[Row]:
 
 def _pair_rows(found: dict[str, Any]) -> Iterator[Row]:
     part = f"{found['name']}: {found['samples']:,} pairs, {found['captions']:,} captions"
-    for direction, title in (("image_to_text", "image to text"), ("text_to_image", "text to image")):
-        for name, entry in found["retrieval"][direction].items():
-            yield _row(part, f"{title}, {name}", entry)
+    yield from _retrieval_rows(part, found["retrieval"])
     for name, entry in found["zeroshot"].items():
         yield _row(part, f"zero-shot, top-{name[3:]}", entry)
+    for name, title in (("model", "order of words"), ("blind", "  the same without the image")):
+        if "composition" in found:
+            yield _row(part, f"{title}, {found['composition']['pairs']:,} captions", found["composition"][name])
+
+
+def _retrieval_rows(part: str, found: dict[str, Any]) -> Iterator[Row]:
+    for direction, title in (("image_to_text", "image to text"), ("text_to_image", "text to image")):
+        for name, entry in found[direction].items():
+            unit = "" if name == "median_rank" else "%"
+            yield _row(part, f"{title}, {name.replace('_', ' ').replace('mrr', 'MRR')}", entry, unit)
 
 
 def _labelled_rows(found: dict[str, Any]) -> Iterator[Row]:
@@ -50,10 +63,33 @@ def _labelled_rows(found: dict[str, Any]) -> Iterator[Row]:
     for name, title in (("top1", "top-1"), ("top5", "top-5"), ("mean_per_class", "mean per class")):
         if name in zeroshot:
             yield _row(part, f"zero-shot, {title}", zeroshot[name])
+    yield from _error_rows(part, "zero-shot", zeroshot)
     for name, title in PROBES.items():
         probe = found.get("probe", {}).get(name)
         if probe and "top1" in probe:
             yield _row(part, f"{title}, top-1", probe["top1"])
+    yield from _error_rows(part, "linear probe", found.get("probe", {}))
+    yield from _few_shot_rows(part, found.get("fewshot", ()))
+    if found.get("knn"):
+        yield _row(part, f"{found['knn']['k']} nearest neighbours, top-1", found["knn"]["top1"])
+    if "retrieval" in found:
+        yield from _retrieval_rows(part, found["retrieval"])
+
+
+def _few_shot_rows(part: str, rows: Sequence[dict[str, Any]]) -> Iterator[Row]:
+    """Each method at the fewest and at the most shots; the page has them all."""
+    shots = {int(row["shots"]) for row in rows}
+    for row in rows:
+        if row["shots"] in (min(shots), max(shots)):
+            plural = "s" if row["shots"] > 1 else ""
+            yield _row(part, f"{row['shots']} shot{plural}, {row['method']}, top-1", row["top1"])
+
+
+def _error_rows(part: str, title: str, found: dict[str, Any]) -> Iterator[Row]:
+    names = {"before": "calibration error", "after": "calibration error with temperature"}
+    for name, text in names.items():
+        if name in found.get("calibration", {}):
+            yield _row(part, f"{title}, {text}", found["calibration"][name])
 
 
 def format_results_table(results: dict[str, Any]) -> str:
@@ -65,12 +101,13 @@ def format_results_table(results: dict[str, Any]) -> str:
             lines += ["", f"{row.part:<59}  95 % interval  chance"]
             part = row.part
         chance = "" if row.chance is None else f"{100 * row.chance:6.2f}"
-        lines.append(f"  {row.task:<50}{100 * row.value:6.1f}%  {100 * row.low:5.1f} … {100 * row.high:5.1f}  {chance}")
+        low, high = row.shown(row.low), row.shown(row.high)
+        lines.append(f"  {row.task:<50}{row.shown(row.value):>6}{row.unit:1}  {low:>5} … {high:>5}  {chance}".rstrip())
     seconds = results.get("seconds", {})
     if seconds:
         lines += ["", "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())]
     return "\n".join(lines).strip("\n")
 
 
-def _row(part: str, task: str, entry: dict[str, float]) -> Row:
-    return Row(part, task, entry["value"], entry["low"], entry["high"], entry.get("chance"))
+def _row(part: str, task: str, entry: dict[str, float], unit: str = "%") -> Row:
+    return Row(part, task, entry["value"], entry["low"], entry["high"], entry.get("chance"), unit)

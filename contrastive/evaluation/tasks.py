@@ -1,74 +1,69 @@
 """The evaluations that commands and the end of a training run share: a labelled set, and a set of pairs.
 
-Each returns `Evaluation`: `results` is plain data for JSON, `examples` holds images for the report.
+Each returns `Evaluation`: `results` is plain data for JSON, the rest is for the report, the table of predictions and
+the comparison of two models. Every image goes through the model once, whatever the number of tasks.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from scipy.special import softmax
 
 from contrastive.errors import UserError
-from contrastive.evaluation.controls import probe_with_controls
-from contrastive.evaluation.embed import Embeddings, Images, Progress, embed, open_images
+from contrastive.evaluation.checks import check_finite, check_known, check_trained, possible_shots
+from contrastive.evaluation.classification import Judged, judge, repeated_images
+from contrastive.evaluation.composition import pair_scores, swapped
+from contrastive.evaluation.embed import Embeddings, Images, Progress, embed, embed_texts
+from contrastive.evaluation.examples import Examples, draw_examples
+from contrastive.evaluation.figures import Map, embedding_map
 from contrastive.evaluation.labelled import open_labelled
-from contrastive.evaluation.metrics import accuracies, class_ranks, share
+from contrastive.evaluation.metrics import share
+from contrastive.evaluation.predictions import Predictions
+from contrastive.evaluation.probed import fit_probes, judge_probe, pixel_rows
 from contrastive.evaluation.protocol import Model
-from contrastive.evaluation.retrieval import best_hits, recalls, retrieval_ranks
+from contrastive.evaluation.retrieval import hubness, rank_both, recalls, retrieval_ranks, summary
 from contrastive.evaluation.templates import read_templates
 from contrastive.evaluation.zeroshot import ZeroShotClassifier, check_labels
-from contrastive.shards import Rejected, ShardIndex, caption_id, decode_image
+from contrastive.shards import caption_id
 
-LABELLED_TASKS = ("zeroshot", "probe")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One image, its name, and the likeliest names with their probabilities, best first."""
-
-    image: Image.Image
-    truth: str
-    guesses: list[tuple[str, float]]
-
-
-@dataclass(frozen=True)
-class Hits:
-    """The images that one caption finds: `(image, its own caption, is it right)`, best first."""
-
-    caption: str
-    images: list[tuple[Image.Image, str, bool]]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Images for the report."""
-
-    hits: list[Hits] = field(default_factory=list)
-    right: list[Case] = field(default_factory=list)
-    wrong: list[Case] = field(default_factory=list)
+LABELLED_TASKS = ("zeroshot", "probe", "fewshot", "knn", "retrieval")
+NEED_TRAIN = {"probe", "fewshot", "knn"}
+SHOTS, SEEDS = (1, 2, 4, 8, 16), 10
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`results`: see the function that made it. `examples`: empty unless asked for."""
+    """results: see the function that made it.  examples: empty unless asked for.
+
+    predictions: of the classifiers; None for pairs.  samples: name of a measure -> one value a sample, bool or float,
+    what two models are compared on.  map: the images as points, when examples are asked for.
+    """
 
     results: dict[str, Any]
     examples: Examples = field(default_factory=Examples)
+    predictions: Predictions | None = None
+    samples: dict[str, NDArray[Any]] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+    map: Map | None = None
 
     def scalars(self) -> dict[str, float]:
         """The bare values of a set of pairs, to log: `image_to_text/recall@1`, …, `zeroshot/top1`, …"""
         groups = {**self.results.get("retrieval", {}), "zeroshot": self.results.get("zeroshot", {})}
         return {
-            f"{group}/{name}": entry["value"] for group, entries in groups.items() for name, entry in entries.items()
+            f"{group}/{name}": entry["value"]
+            for group, entries in groups.items()
+            for name, entry in entries.items()
+            if name.startswith(("recall@", "top"))
         }
 
 
@@ -78,28 +73,37 @@ def evaluate_pairs(
     *,
     name: str = "validation",
     examples: int = 0,
+    captions: str = "first",
+    thorough: bool = False,
     invert: bool = False,
     batch_size: int = 256,
     workers: int = 0,
     dtype: torch.dtype | None = None,
+    cache: str | PathLike[str] | None = None,
+    max_unreadable: float = 1.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Retrieval in both directions, and zero-shot classification among the set's distinct captions.
 
-    Captions that are equal apart from case and white space are one (`contrastive.shards.caption_id`).
+    Captions that are equal apart from case and white space are one (`contrastive.shards.caption_id`), and so are images
+    whose first captions are.
 
     Args:
-        source: images with captions (only the first of each is used): a `ShardIndex` or anything that `embed`
-        takes. examples: how many captions, and how many right and wrong cases, to keep images of.
+        source: images with captions: a `ShardIndex` or anything that `embed` takes.
+        examples: how many captions, and how many right and wrong cases, to keep images of.
+        captions: "first", or "all" captions of each image: then each of them is right for it.
+        thorough: hubness and the order of words as well.
+        cache, max_unreadable: see `embed`.
 
     Returns:
-        results: `{"name", "kind": "pairs", "samples", "captions", "retrieval": {"image_to_text": {"recall@1":
-        M, "recall@5", "recall@10"}, "text_to_image": …}, "zeroshot": {"top1": M, "top5": M}, "rejected",
-        "seconds"}` where M is `{"value", "low", "high", "chance"}`, a 95 % interval over samples.
+        results: `{"name", "kind": "pairs", "samples", "captions", "retrieval": see `recalls`, "zeroshot": {"top1": M,
+        "top5": M}, "rejected", "failures", "seconds"}` where M is `{"value", "low", "high", "chance"}`, a 95 %
+        interval over samples; thorough: "hubness" (see `hubness`, by direction) and "composition" (see `pair_scores`,
+        with "unswappable", the captions that have no order to swap).
 
     Raises:
-        UserError: images without captions, or none that can be read.
+        UserError: images without captions, none that can be read, features that are not finite.
     """
     started = time.perf_counter()
     found = embed(
@@ -107,41 +111,68 @@ def evaluate_pairs(
         source,
         batch_size=batch_size,
         workers=workers,
-        text=True,
+        features="both" if cache else "projected",
+        text=captions,
         invert=invert,
         dtype=dtype,
+        cache=cache,
+        max_unreadable=max_unreadable,
         progress=progress,
     )
-    if found.text is None:
-        without = [
-            key
-            for key, caption in zip(found.keys, found.captions or [""] * len(found.keys), strict=True)
-            if not caption
-        ]
+    owners = found.image_of_text
+    if found.text is None or owners is None or len(np.unique(owners)) < len(found.keys):
+        given = set() if owners is None else set(owners.tolist())
+        texts = found.captions or [""] * len(found.keys)
+        without = [key for row, key in enumerate(found.keys) if (row not in given if given else not texts[row])]
         raise UserError(
             f"{name}: {len(without)} of {len(found.keys)} images have no caption, the first is {without[0]}; "
             "retrieval needs pairs"
         )
-    captions = found.captions or []
-    ids = np.asarray([caption_id(caption) for caption in captions], dtype=np.int64)
-    unique, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-    weights_KD = found.text[first]
-    ranks = retrieval_ranks(*map(torch.as_tensor, (found.image, weights_KD, ids, unique))).numpy()
-    results = {
+    check_finite(name, found.keys, found.image)
+    check_finite(name, found.captions or [], found.text)
+    assert found.captions is not None
+    first = np.unique(owners, return_index=True)[1]
+    ids = np.asarray([caption_id(found.captions[row]) for row in first], dtype=np.int64)
+    text_ids = ids[owners]
+    unique, firsts, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    weights_KD = found.text[first[firsts]]
+    ranks = retrieval_ranks(found.image, weights_KD, ids, unique)
+    both = rank_both(found.image, found.text, ids, text_ids)
+    retrieval = {
+        "image_to_text": summary(both[0], ids, text_ids, seed=seed),
+        "text_to_image": summary(both[1], text_ids, ids, seed=seed),
+    }
+    results: dict[str, Any] = {
         "name": name,
         "kind": "pairs",
         "samples": len(ids),
-        "captions": len(unique),
-        "retrieval": recalls(found.image, found.text, ids, seed=seed),
+        "captions": len(unique) if captions == "first" else len(text_ids),
+        "retrieval": retrieval,
         "zeroshot": {f"top{k}": share(ranks < k, seed=seed) | {"chance": min(1.0, k / len(unique))} for k in (1, 5)},
         "rejected": found.rejected,
-        "seconds": time.perf_counter() - started,
     }
+    if found.failures:
+        results["failures"] = found.failures
+    if thorough:
+        results |= {"hubness": _hubs(found.image, found.text), "content": found.content}
+        order = _composition(model, found, owners, seed, batch_size, dtype)
+        if order is not None:
+            results["composition"] = order
+    results["seconds"] = time.perf_counter() - started
     shown = Examples()
     if examples:
-        names = [captions[index] for index in first]
-        shown = _examples(model, source, found, weights_KD, names, inverse, examples, seed, invert)
-    return Evaluation(results, shown)
+        scale = float(model.logit_scale.detach().exp())
+        names = [found.captions[first[row]] for row in firsts]
+        chances = softmax(scale * (found.image @ weights_KD.T), axis=1)
+        shown = draw_examples(
+            source, found, chances, names, inverse, examples, queries_KD=weights_KD, seed=seed, invert=invert
+        )
+    samples: dict[str, NDArray[Any]] = {}
+    for direction, one in zip(retrieval, both, strict=True):
+        samples[f"{direction}/recall@1"] = one.pessimistic < 1
+        samples[f"{direction}/mrr"] = 1 / (one.pessimistic + 1)
+    samples["zeroshot/top1"] = ranks < 1
+    return Evaluation(results, shown, samples=samples, keys=found.keys)
 
 
 def evaluate_labelled(
@@ -149,148 +180,231 @@ def evaluate_labelled(
     name: str,
     train: Images | None,
     test: Images,
-    tasks: Sequence[str] = LABELLED_TASKS,
+    tasks: Sequence[str] = ("zeroshot", "probe"),
     templates: str | Path | Sequence[str] | None = None,
     *,
     labels: Sequence[str] | None = None,
+    shots: Sequence[int] | None = None,
     label: str | None = None,
     invert: bool = False,
     random_model: Callable[[], Model] | None = None,
     examples: int = 0,
     batch_size: int = 256,
+    workers: int = 0,
     dtype: torch.dtype | None = None,
+    cache: str | PathLike[str] | None = None,
+    max_unreadable: float = 0.05,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Zero-shot accuracy on a labelled set, and a linear probe beside its controls.
+    """Classifiers on a labelled set: zero-shot, a linear probe beside its controls, few shots, neighbours, retrieval.
 
     Args:
-        train: for the probe only.  test: what is measured on.
-        tasks: of "zeroshot" and "probe".  templates: see `ZeroShotClassifier`.
+        train: what classifiers learn from, and the split that temperatures are set on; zero-shot and retrieval do
+            without.  test: what is measured on.
+        tasks: some of `LABELLED_TASKS`.  templates: see `ZeroShotClassifier`.
         labels: the classes of zero-shot, when there are more than `test` holds; None takes those of `test`.
-        label: column of the labels.  invert: see `embed`.  random_model: see `probe_with_controls`.
-        examples: how many right and wrong zero-shot cases to keep images of.
+        shots: training images a class of "fewshot"; None takes those of 1, 2, 4, 8, 16 that every class has.
+        label: column of the labels.  invert, cache, max_unreadable, workers: see `embed`.
+        random_model: makes the same architecture with fresh weights, the probe's control; None leaves it out.
+        examples: how many right, wrong and most wrong cases to keep images of.
 
     Returns:
-        results: `{"name", "kind": "labelled", "samples", "classes", "invert", "templates", "zeroshot":
-        {"top1": M, "top5": M, "mean_per_class": M, "seconds"}, "probe": …, "rejected", "seconds"}`, the parts
-        asked for; M as in `evaluate_pairs`, "probe" as in `probe_with_controls`.
+        results: `{"name", "kind": "labelled", "samples", "classes", "invert", "templates", "rejected", "failures",
+        "content", "content_train", "seconds"}` and a part for each task: "zeroshot" and "probe" as in `judge` (the
+        probe with "model", "random" and "pixels" as in `fit_probes`), "fewshot" and "knn" as those functions give
+        them ("shots": those that were tried), "retrieval" as in `recalls`, between images and the prompts of their
+        labels. With `train`: "duplicates".
 
     Raises:
-        UserError: an unknown task, no labels, a label of `test` that is not in `labels`, a probe without
-        `train`.
+        UserError: an unknown task, no labels, a label of `test` that is not in `labels`, a task that needs `train`
+        without it, a class of `test` that `train` has not, a class with fewer images than `shots`, too many unreadable
+        images, features that are not finite.
     """
     started = time.perf_counter()
     unknown = [task for task in tasks if task not in LABELLED_TASKS]
     if unknown or not tasks:
         raise UserError(f"{name}: tasks: '{', '.join(unknown)}': use some of {', '.join(LABELLED_TASKS)}")
-    if "probe" in tasks and train is None:
-        raise UserError(f"{name}: tasks: a probe needs a labelled training set beside the test set; name one as train")
-    source = open_labelled(test, label=label)
-    results: dict[str, Any] = {"name": name, "kind": "labelled", "invert": invert}
-    shown = Examples()
-    if "zeroshot" in tasks:
-        wordings = read_templates(templates)
-        found = embed(model, source, batch_size=batch_size, text=False, invert=invert, dtype=dtype, progress=progress)
-        if found.labels is None:
-            raise UserError(f"{name}: some images have no label; give every image one")
-        names = check_labels(sorted(set(found.labels)) if labels is None else labels)
-        missing = sorted(set(found.labels) - set(names))
-        if missing:
-            raise UserError(f"{name}: labels that are not among those given: {', '.join(missing[:5])}")
-        classifier = ZeroShotClassifier(model, names, wordings, batch_size=batch_size, dtype=dtype)
-        position = {label: index for index, label in enumerate(names)}
-        target = np.asarray([position[label] for label in found.labels])
-        ranks = class_ranks(classifier.decision_function(found.image), target)
-        results |= {
-            "samples": len(target),
-            "classes": len(names),
-            "templates": list(wordings),
-            "zeroshot": accuracies(ranks, target, len(names), seed=seed) | {"seconds": time.perf_counter() - started},
-            "rejected": found.rejected,
-        }
-        if examples:
-            weights_KD = classifier.weights_.T
-            shown = _examples(model, source, found, weights_KD, names, target, examples, seed, invert, hits=False)
-    if "probe" in tasks:
-        assert train is not None
-        outcome = probe_with_controls(
+    need = [task for task in tasks if task in NEED_TRAIN]
+    if need and train is None:
+        raise UserError(
+            f"{name}: tasks: {', '.join(need)} needs a labelled training set beside the test set; name one as train"
+        )
+
+    def read(source: Images, model: Model) -> tuple[Images, Embeddings, NDArray[np.str_]]:
+        opened = open_labelled(source, label=label)
+        kept = source if label is None and isinstance(source, (str, PathLike)) else opened  # a path names its cache
+        found = embed(
             model,
-            train,
-            source,
-            random_model,
-            label=label,
-            invert=invert,
-            seed=seed,
+            kept,
             batch_size=batch_size,
+            workers=workers,
+            features="both",
+            text=False,
+            invert=invert,
             dtype=dtype,
+            cache=cache,
+            max_unreadable=max_unreadable,
             progress=progress,
         )
-        results["probe"] = outcome.results
-        results.setdefault("samples", outcome.results["test_size"])
-        results.setdefault("classes", outcome.results["classes"])
-        results.setdefault("rejected", {})
+        if found.labels is None:
+            raise UserError(f"{name}: {source}: some images have no label; give every image one")
+        check_finite(str(source), found.keys, found.image)
+        return kept, found, np.asarray(found.labels)
+
+    source, found, test_labels = read(test, model)
+    names = check_labels(sorted(set(test_labels)) if labels is None else labels)
+    check_known(name, test_labels, names)
+    target = _positions(test_labels, names)
+    templates_used = read_templates(templates)
+    prompts = [template.replace("{}", one) for one in names for template in templates_used]
+    results: dict[str, Any] = {
+        "name": name,
+        "kind": "labelled",
+        "invert": invert,
+        "samples": len(target),
+        "classes": len(names),
+        "templates": list(templates_used),
+        "rejected": found.rejected,
+        "content": found.content,
+    }
+    if found.failures:
+        results["failures"] = found.failures
+    timed = _Clock()
+    train_found, train_labels = None, np.empty(0, str)
+    if train is not None:
+        train_source, train_found, train_labels = read(train, model)
+        results["content_train"] = train_found.content
+        if need:
+            check_trained(name, train, train_labels, test_labels)
+        if "fewshot" in tasks:
+            results["shots"] = possible_shots(name, train_labels, shots, SHOTS)
+    controls: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+    if "probe" in tasks:
+        assert train is not None
+        if random_model is not None:
+            fresh = random_model()
+            towers = [read(one, fresh)[1].image_tower for one in (train, test)]
+            assert towers[0] is not None and towers[1] is not None
+            controls["random"] = (towers[0], towers[1])
+        controls["pixels"] = pixel_rows((train_source, source), invert=invert)
+    results["seconds_embedding"] = time.perf_counter() - started
+    judged: dict[str, Judged] = {}
+    samples: dict[str, NDArray[Any]] = {}
+    classifier = ZeroShotClassifier(model, names, templates_used, batch_size=batch_size, dtype=dtype)
+
+    if "zeroshot" in tasks:
+        with timed("zeroshot"):
+            validation = None
+            if train_found is not None and set(train_labels) <= set(names):
+                validation = (classifier.decision_function(train_found.image), _positions(train_labels, names))
+            logits = classifier.decision_function(found.image)
+            judged["zeroshot"] = judge(logits, target, names, validation=validation, seed=seed)
+            results["zeroshot"] = judged["zeroshot"].results
+    if "probe" in tasks:
+        with timed("probe"):
+            assert train_found is not None
+            assert found.image_tower is not None and train_found.image_tower is not None
+            fitted = {"model": (train_found.image_tower, found.image_tower), **controls}
+            probe, measured = fit_probes(fitted, train_labels, test_labels, seed=seed)
+            judged["probe"] = judge_probe(
+                probe, train_found.image_tower, train_labels, found.image_tower, test_labels, seed=seed
+            )
+            sizes = {"train_size": len(train_labels), "test_size": len(test_labels), "classes": len(probe.classes_)}
+            results["probe"] = sizes | {"features": "tower"} | measured | judged["probe"].results
+    if need:
+        assert train_found is not None
+        train_target = _positions(train_labels, sorted(set(train_labels)))
+        test_target = _positions(test_labels, sorted(set(train_labels)))
+    if "fewshot" in tasks:
+        from contrastive.evaluation.fewshot import few_shot
+
+        with timed("fewshot"):
+            assert train_found is not None
+            text_DK = ZeroShotClassifier(
+                model, sorted(set(train_labels)), templates_used, batch_size=batch_size, dtype=dtype
+            ).weights_
+            results["fewshot"] = few_shot(
+                train_found.image,
+                train_target,
+                found.image,
+                test_target,
+                text_DK,
+                shots=results["shots"],
+                seeds=SEEDS,
+            )
+    if "knn" in tasks:
+        from contrastive.evaluation.knn import knn_sweep
+
+        with timed("knn"):
+            assert train_found is not None
+            results["knn"] = knn_sweep(train_found.image, train_target, found.image, test_target)
+    if "retrieval" in tasks:
+        with timed("retrieval"):
+            text = embed_texts(model, prompts, batch_size=batch_size, dtype=dtype)
+            prompt_ids = np.repeat(np.arange(len(names)), len(templates_used))
+            results["retrieval"] = recalls(found.image, text, target, prompt_ids, seed=seed)
+            results["hubness"] = _hubs(found.image, text)
+    for task, one in judged.items():
+        samples |= {f"{task}/top1": one.right, f"{task}/log-likelihood": one.log_likelihood}
+    if train_found is not None:
+        with timed("duplicates"):
+            results["duplicates"] = repeated_images(found, train_found, judged)
+    results["seconds_by_part"] = timed.seconds
+    for task in judged:
+        results[task]["seconds"] = timed.seconds[task]
     results["seconds"] = time.perf_counter() - started
-    return Evaluation(results, shown)
+    shown, points = Examples(), None
+    if examples:
+        points = embedding_map(found.image, target, names, seed=seed)
+        if judged:
+            task, one = next(reversed(judged.items()))  # the probe where there is one: the better classifier
+            shown = draw_examples(
+                source, found, one.probabilities, one.names, one.target, examples, task=task, seed=seed, invert=invert
+            )
+    chances = {task: (one.names, one.probabilities) for task, one in judged.items()}
+    predictions = Predictions(found.keys, test_labels.tolist(), chances)
+    return Evaluation(results, shown, predictions, samples, found.keys, points)
 
 
-def _examples(
+class _Clock:
+    """Seconds by part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = time.perf_counter() - started
+
+
+def _positions(labels: Any, names: Sequence[str]) -> NDArray[np.int64]:
+    place = {name: index for index, name in enumerate(names)}
+    return np.asarray([place[label] for label in labels], dtype=np.int64)
+
+
+def _hubs(image: NDArray[np.float32], text: NDArray[np.float32]) -> dict[str, Any]:
+    """Hubs among what each direction finds; few candidates are all found by everyone, and have none."""
+    sides = {"image_to_text": (image, text), "text_to_image": (text, image)}
+    return {direction: hubness(*sides[direction]) for direction in sides if len(sides[direction][1]) > 20}
+
+
+def _composition(
     model: Model,
-    source: Images,
     found: Embeddings,
-    weights_KD: NDArray[np.float32],
-    names: Sequence[str],
-    target_N: NDArray[np.int64],
-    count: int,
+    owners_T: NDArray[np.int64],
     seed: int,
-    invert: bool = False,
-    hits: bool = True,
-) -> Examples:
-    """A seeded draw of `count` names with their best 8 images, and of `count` right and wrong images."""
-    random = np.random.default_rng(seed)
-    scale = float(model.logit_scale.detach().exp())
-    logits_NK = scale * (found.image @ weights_KD.T)
-    best_N = logits_NK.argmax(axis=1)
-    right, wrong = (
-        random.permutation(np.flatnonzero((best_N == target_N) == wanted))[:count] for wanted in (True, False)
-    )
-    queries = random.choice(len(names), size=min(count, len(names)), replace=False) if hits else np.empty(0, int)
-    hit_QK, _ = best_hits(weights_KD[queries], found.image, 8) if hits else (np.empty((0, 8), int), None)
-    images = _images(source, {found.keys[row] for row in (*right, *wrong, *hit_QK.ravel())}, invert)
-
-    def case(row: int) -> Case:
-        order = np.argsort(-logits_NK[row])[:3]
-        chances = softmax(logits_NK[row])[order]
-        guesses = [(names[k], float(p)) for k, p in zip(order, chances, strict=True)]
-        return Case(images[found.keys[row]], names[target_N[row]], guesses)
-
-    def hit(query: int, rows: NDArray[np.int64]) -> Hits:
-        return Hits(
-            names[query],
-            [(images[found.keys[row]], names[target_N[row]], bool(target_N[row] == query)) for row in rows],
-        )
-
-    return Examples(
-        hits=[hit(query, rows) for query, rows in zip(queries, hit_QK, strict=True)],
-        right=[case(row) for row in right],
-        wrong=[case(row) for row in wrong],
-    )
-
-
-def _images(source: Images, keys: set[str], invert: bool) -> dict[str, Image.Image]:
-    """The images with these keys, no larger than 96 pixels: a second pass, that decodes only them."""
-    images = {}
-    if isinstance(source, ShardIndex):  # random access: the other images are not read
-        numbers = [i for i in range(len(source)) if source.key(i) in keys]
-        records: Any = map(source.record, numbers)
-    else:
-        records = open_images(source)
-    for record in records:
-        if record.key in keys and record.image is not None:
-            try:
-                image = decode_image(record.image)
-            except Rejected:  # the same key twice, one of them damaged
-                continue
-            image.thumbnail((96, 96))
-            images[record.key] = ImageOps.invert(image) if invert else image
-    return images
+    batch_size: int,
+    dtype: torch.dtype | None,
+) -> dict[str, Any] | None:
+    assert found.captions is not None and found.text is not None
+    swaps = [swapped(caption) for caption in found.captions]
+    rows = [row for row, swap in enumerate(swaps) if swap is not None]
+    if not rows:
+        return None
+    wrong = embed_texts(model, [str(swaps[row]) for row in rows], batch_size=batch_size, dtype=dtype)
+    image, blind = found.image[owners_T[rows]], found.image.mean(axis=0)
+    scores = pair_scores(image, found.text[rows], wrong, blind_D=blind, seed=seed)
+    return scores | {"unswappable": len(swaps) - len(rows)}

@@ -40,18 +40,24 @@ class ColourModel(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         self.modes.append(self.dropout.training)
+        if pixels.ndim == 2:  # features: a thumbnail has the mean of its image
+            return F.normalize((pixels.reshape(-1, 3, 16) - 0.5).mean(dim=2), dim=-1)
         return F.normalize(self.dropout(pixels.float() / 255 - 0.5).mean(dim=(2, 3)), dim=-1)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(pixels.float() / 255, 4).flatten(1)
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        return F.one_hot(tokens, 16).float().mean(dim=1)
+        words = F.one_hot(tokens, 16).float().sum(dim=1)
+        words[:, 0] = 0  # padding, and words that are no colour: a row does not depend on its batch
+        return words / words.sum(dim=1, keepdim=True).clamp(min=1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        self.widths.append(tokens.shape[1])
-        table = torch.tensor([[127.5] * 3, *COLOURS.values()]) / 255 - 0.5
-        return F.normalize(table[tokens].mean(dim=1) + 1e-4, dim=-1)
+        if not tokens.is_floating_point():
+            self.widths.append(tokens.shape[1])
+            tokens = self.text_features(tokens)
+        table = torch.tensor(list(COLOURS.values())) / 255 - 0.5
+        return F.normalize(tokens[:, 1:5] @ table + 1e-4, dim=-1)
 
 
 def square(colour: str, shade: int = 0) -> Image.Image:

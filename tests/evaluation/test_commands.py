@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -154,9 +155,11 @@ def test_evaluate_retrieval_on_shards(saved, pairs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--tasks", "zeroshot,knn"), "unknown: knn"),
+        (("--tasks", "zeroshot,nearest"), "unknown: nearest"),
         (("--tasks", "probe"), "--train DATA"),
-        (("--tasks", "retrieval"), "no caption"),
+        (("--tasks", "fewshot,knn"), "fewshot,knn needs labelled training images"),
+        (("--compare",), "two models"),
+        (("--tasks", "fewshot", "--shots", "1,x", "--train", "none"), "--shots 1,x"),
         (("--labels", "red,green"), "blue, yellow"),
         (("--label", "colour"), "columns can be named for a table only"),
     ],
@@ -172,3 +175,63 @@ def test_evaluate_on_a_table_without_labels_lists_its_columns(saved, pairs, tmp_
     table.write_text("file,caption,size\n" + f"{pairs / '0.png'},red square,12\n")
     assert command("evaluate", saved, table) == 2
     assert "columns found: file, caption, size" in capsys.readouterr().err
+
+
+def evaluated(capsys, *arguments):
+    assert command("evaluate", *arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_evaluate_writes_results_predictions_and_a_page(saved, labelled, tmp_path, capsys):
+    (labelled / "red" / "03.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    options = ("--tasks", "zeroshot,probe,fewshot,knn,retrieval", "--train", labelled, "--shots", "1,2")
+    shown = evaluated(capsys, saved, labelled, *options, "--output", out, "--cache", tmp_path / "cache")
+    assert sorted(path.name for path in out.iterdir()) == ["predictions.parquet", "report.html", "results.json"]
+    assert "warning: labelled: 1 images could not be read" in shown
+    results = json.loads((out / "results.json").read_text())
+    found = results["sets"]["labelled"]
+    assert found["failures"] == {"red/03.png": "not an image"} and found["shots"] == [1, 2]
+    assert found["content"] == found["content_train"] and set(results["hashes"]) == {saved}
+    assert results["versions"]["python"] and results["configuration"]["tasks"] == options[1]
+    assert "red/03.png: not an image" in (out / "report.html").read_text()
+    rows = pyarrow.parquet.read_table(out / "predictions.parquet").to_pylist()
+    assert len(rows) == found["samples"] == 47
+    right = np.mean([row["probe"] == row["label"] for row in rows])
+    assert right == pytest.approx(found["probe"]["model"]["top1"]["value"])
+
+
+def test_evaluate_reads_the_embeddings_of_embed(saved, labelled, tmp_path, capsys):
+    assert command("embed", saved, labelled, tmp_path / "cache", "--captions", "none") == 0
+    (folder,) = (tmp_path / "cache").iterdir()
+    made = (folder / "image.npy").stat().st_mtime_ns
+    evaluated(capsys, saved, labelled, "--cache", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [folder] and (folder / "image.npy").stat().st_mtime_ns == made
+
+
+def test_evaluate_compares_two_models_on_the_same_images(saved, labelled, tmp_path, capsys):
+    other = save_random_model(tmp_path / "other", 1)
+    options = (labelled, "--tasks", "zeroshot,probe", "--train", labelled, "--compare", "--output", tmp_path / "out")
+    shown = evaluated(capsys, saved, other, *options)
+    assert "McNemar" in shown and "zeroshot/top1" in shown and "bootstrap" in shown
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    measures = results["comparison"]["labelled"]["measures"]
+    for name, sets in (("a", "sets"), ("b", "sets_b")):
+        assert measures["zeroshot/top1"][name] == results[sets]["labelled"]["zeroshot"]["top1"]["value"]
+    assert "two models" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_evaluate_ends_with_one_line_when_too_many_images_are_unreadable(saved, labelled, capsys):
+    for number in range(6):
+        (labelled / "red" / f"{number:02d}.png").write_bytes(b"no image")
+    assert command("evaluate", saved, labelled) == 2
+    error = capsys.readouterr().err
+    assert "6 of 48 images cannot be read (6 × not an image; first red/00.png)" in error and error.count("\n") == 1
+    assert command("evaluate", saved, labelled, "--max-unreadable", 0.2) == 0
+
+
+def test_evaluate_ends_with_one_line_when_a_class_has_fewer_images_than_shots(saved, labelled, capsys):
+    options = ("--tasks", "fewshot", "--train", labelled, "--shots", "1,13")
+    assert command("evaluate", saved, labelled, *options) == 2
+    error = capsys.readouterr().err
+    assert "shots: 13 asked for, but blue has 12 training images" in error and error.count("\n") == 1

@@ -102,7 +102,7 @@ def test_texts_are_encoded_once_and_beside_texts_of_like_length(model):
 
 
 def test_unknown_features_and_odd_lists_are_told(model, pairs):
-    with pytest.raises(UserError, match="projected or tower"):
+    with pytest.raises(UserError, match="projected, tower or both"):
         embed(model, pairs, features="last")
     with pytest.raises(UserError, match="empty"):
         embed(model, [])
