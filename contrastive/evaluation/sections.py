@@ -141,6 +141,7 @@ def _classes(rows: list[dict[str, Any]]) -> str:
 
 def _few_shots(rows: list[dict[str, Any]], zeroshot: float | None) -> str:
     """A table of methods by shots, the value above its interval, and the same as a figure."""
+    rows = [row for row in rows if row["shots"]]  # what needs none is a section of its own, here the dotted line
     shots = sorted({int(row["shots"]) for row in rows})
     cell = {(str(row["method"]), int(row["shots"])): row["top1"] for row in rows}
     lines = []
@@ -163,11 +164,11 @@ def _stacked(entry: Mapping[str, float] | None) -> str:
 def _neighbours(found: Mapping[str, Any]) -> str:
     """What was chosen and what it gives; the validation accuracies that it was chosen by, where they are there.
 
-    found: as `knn_sweep` gives it: `{"k", "temperature", "top1": M, "validation": [{"k", "temperature", "accuracy"}]}`.
+    found: as `knn_sweep` gives it.
     """
     head = ("neighbours", "temperature", "top-1, %")
     text = table(head, [[f"{found['k']}", f"{found['temperature']:g}", _interval(found["top1"])]])
-    tried = found.get("validation", ())
+    tried = found["grid"]
     if len(tried) > 1:
         drawn = figure("Validation accuracy by neighbours and temperature", neighbours_figure(tried))
         text += f'<div class="curves">{drawn}</div>'

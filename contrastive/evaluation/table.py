@@ -78,7 +78,7 @@ def _labelled_rows(found: dict[str, Any]) -> Iterator[Row]:
 
 def _few_shot_rows(part: str, rows: Sequence[dict[str, Any]]) -> Iterator[Row]:
     """Each method at the fewest and at the most shots; the page has them all."""
-    shots = {int(row["shots"]) for row in rows}
+    shots = {int(row["shots"]) for row in rows} - {0}  # 0: zero-shot, a task of its own
     for row in rows:
         if row["shots"] in (min(shots), max(shots)):
             plural = "s" if row["shots"] > 1 else ""
