@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--peer", type=int, default=20, help="classes that the peer is timed on; default 20")
     parser.add_argument("--slice", type=int, default=100, help="classes of the slice by ours; default 100")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--whole", type=int, help="classes of the whole; default all 1,000")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
@@ -83,7 +84,7 @@ def main() -> None:
     rough = measure("ours", arguments.peer, ours(arguments.peer, torch.bfloat16), "bf16")
     measure("plain", arguments.peer, plain(arguments.peer, None), "fp32")
     measure("plain", arguments.peer, plain(arguments.peer, torch.bfloat16), "bf16")
-    for classes in (arguments.slice, len(names)):
+    for classes in (arguments.slice, arguments.whole or len(names)):
         for precision, dtype in (("bf16", torch.bfloat16), ("fp32", None)):
             measure("ours", classes, ours(classes, dtype), precision)
     difference = float(np.abs(exact - reference).max())

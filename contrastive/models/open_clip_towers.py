@@ -127,7 +127,7 @@ class OpenClipTextTower(nn.Module):
         return {"kind": "open_clip"}
 
 
-def _plain_block(block: nn.Module) -> bool:
+def _plain_block(block: Any) -> bool:
     return (
         type(block) is ResidualAttentionBlock
         and not hasattr(block, "ln_1_kv")

@@ -71,6 +71,10 @@ class Block(nn.Module):
         x_NLE = x_NLE + self.drop(self.out(attended.transpose(1, 2).reshape(n, length, width)))
         return x_NLE + self.drop(self.mlp(self.norm_mlp(x_NLE)))
 
+    def taken_apart(self) -> Layer:
+        """What computes the block in evaluation mode on a tree of texts."""
+        return Layer(self.norm_attention, self.qkv.weight, self.qkv.bias, self.out, self.norm_mlp, self.mlp, self.heads)
+
 
 class TransformerTextTower(nn.Module):
     """A text transformer of given width and depth; depth 0 averages word embeddings.
@@ -153,18 +157,7 @@ class TransformerTextTower(nn.Module):
         if not torch.equal(real_NL, real_NL.cummin(dim=1).values):  # padding inside a text is masked as a key
             return self.features(tokens_NL)
         assert self.position is not None
-        layers = [
-            Layer(
-                block.norm_attention,
-                block.qkv.weight,
-                block.qkv.bias,
-                block.out,
-                block.norm_mlp,
-                block.mlp,
-                block.heads,
-            )
-            for block in self.blocks
-        ]
+        layers = [block.taken_apart() for block in self.blocks]  # type: ignore[operator]
         lengths_N = real_NL.sum(1).clamp(min=1)
         states: Tensor = self.norm(last_states(tokens_NL, lengths_N, self.embedding.weight, self.position, layers))
         return states
