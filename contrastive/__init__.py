@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from contrastive.evaluation import LinearProbe as LinearProbe
     from contrastive.evaluation import ZeroShotClassifier as ZeroShotClassifier
     from contrastive.evaluation import embed as embed
+    from contrastive.evaluation import load_classifier as load_classifier
     from contrastive.models import load as load
 
 _HOME = {
@@ -26,10 +27,11 @@ _HOME = {
     "ZeroShotClassifier": "evaluation",
     "embed": "evaluation",
     "load": "models",
+    "load_classifier": "evaluation",
 }
 _ROOMS = ("config", "evaluation", "losses", "models", "shards")
 
-__all__ = ["LinearProbe", "UserError", "ZeroShotClassifier", "embed", "load"]
+__all__ = ["LinearProbe", "UserError", "ZeroShotClassifier", "embed", "load", "load_classifier"]
 
 
 def __getattr__(name: str) -> Any:

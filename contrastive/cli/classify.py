@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any
 
 from contrastive.cli.output import (
     add_image_arguments,
@@ -14,6 +17,7 @@ from contrastive.cli.output import (
 
 NAME = "classify"
 HELP = "label images by the text of the labels"
+NONE_OF_THESE = "none of these"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,25 +26,130 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels = parser.add_mutually_exclusive_group(required=True)
     labels.add_argument("--labels", metavar="A,B", help="the labels, separated by commas")
     labels.add_argument("--labels-file", metavar="FILE", help="the labels, one a line")
-    parser.add_argument("--templates", metavar="T", help="none (default), short, or a file with one a line, with {}")
+    labels.add_argument("--classifier", metavar="FILE", help="a file of --save: the text tower is not opened")
+    parser.add_argument(
+        "--templates",
+        metavar="T",
+        help="none (default), general, openai7, openai80, a file with one a line, with {}, or .json: label -> prompts",
+    )
+    parser.add_argument("--validation", metavar="DATA", help="labelled images: calibrate the probabilities on them")
+    parser.add_argument(
+        "--unknown", metavar="DATA", help="images of none of the labels, to choose --reject's threshold"
+    )
+    parser.add_argument("--reject", action="store_true", help="say 'none of these' below a threshold on validation")
+    parser.add_argument("--multilabel", action="store_true", help="all labels above their threshold, none to all")
+    parser.add_argument("--save", metavar="FILE", help="write the classifier to this file (.safetensors)")
     add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from contrastive.errors import UserError
-    from contrastive.evaluation import ZeroShotClassifier, embed
-    from contrastive.models import load
+    from contrastive.evaluation import embed
 
     if args.top_k < 1:
         raise UserError(f"--top-k {args.top_k}: give at least 1")
+    if args.reject and args.multilabel:
+        raise UserError("--reject --multilabel: use one; an image without labels is what --multilabel may say too")
+    model, classifier = _opened(args)
+    _fit(args, model, classifier)
+    if args.multilabel:
+        classifier.label_thresholds()  # an error before the images are read, if there is none
+    if args.reject and classifier.rejection_ is None:
+        raise UserError("--reject: there is no threshold yet; give labelled images with --validation DATA")
+    found = embed(model, one_source(args.images), text=False, invert=args.invert)
+    if args.save:
+        classifier.save(args.save, model_path=_place(args.model))
+    if args.multilabel:
+        rows = _labels_of_each(found, classifier)
+    else:
+        probabilities = classifier.predict_proba(found.image)
+        rows = guess_rows(found.keys, probabilities, classifier.classes_.tolist(), args.top_k, found.failures)
+        if args.reject:
+            rows = _without_strangers(rows, dict(zip(found.keys, classifier.fits(found.image).tolist(), strict=True)))
+    write_rows(rows, args.format, args.output)
+    return 0
+
+
+def _opened(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and the classifier, built from labels (with lint on the error stream) or opened from a file."""
+    from contrastive.errors import UserError
+    from contrastive.evaluation import ZeroShotClassifier, load_classifier
+    from contrastive.models import load
+
+    if args.classifier is not None:
+        if args.templates is not None:
+            raise UserError("--templates: a classifier file has its own; leave it out, or give --labels")
+        model = load(args.model, text=False)
+        return model, load_classifier(args.classifier, model)
     labels = read_labels(args.labels, args.labels_file)
     model = load(args.model)
     classifier = ZeroShotClassifier(model, labels, args.templates).fit()
-    found = embed(model, one_source(args.images), text=False, invert=args.invert)
-    probabilities = classifier.predict_proba(found.image)
-    rows = guess_rows(found.keys, probabilities, classifier.classes_.tolist(), args.top_k, found.failures)
-    write_rows(rows, args.format, args.output)
-    return 0
+    for line in classifier.lint():
+        print(f"warning: {line}", file=sys.stderr)
+    return model, classifier
+
+
+def _fit(args: argparse.Namespace, model: Any, classifier: Any) -> None:
+    """Temperature and threshold from `--validation`, said on the error stream."""
+    from contrastive.errors import UserError
+    from contrastive.evaluation import embed, open_labelled
+    from contrastive.evaluation.calibration import expected_error
+
+    if args.validation is None:
+        if args.unknown is not None:
+            raise UserError("--unknown: the threshold needs images that have a label too; give --validation DATA")
+        return
+    found = embed(model, open_labelled(args.validation), text=False, invert=args.invert)
+    if found.labels is None:
+        raise UserError(f"--validation {args.validation}: some images have no label; give every image one")
+    targets = classifier.targets(found.labels)
+    before = expected_error(classifier.predict_proba(found.image), targets)
+    classifier.fit_temperature(found.image, found.labels)
+    after = expected_error(classifier.predict_proba(found.image), targets)
+    print(
+        f"temperature {classifier.temperature_:.3g} on {len(targets):,} validation images: "
+        f"calibration error {before:.3f} -> {after:.3f}",
+        file=sys.stderr,
+    )
+    if args.reject or args.unknown is not None:
+        unknown = None if args.unknown is None else embed(model, args.unknown, text=False, invert=args.invert).image
+        fitted = classifier.fit_rejection(found.image, unknown)
+        numbers = ", ".join(f"{name} {value:.3f}" for name, value in fitted.items())
+        print(f"{NONE_OF_THESE}: {numbers}", file=sys.stderr)
+
+
+def _without_strangers(rows: list[dict[str, Any]], fits: Mapping[str, bool]) -> list[dict[str, Any]]:
+    """One row 'none of these' in place of the guesses of each image that no label fits."""
+    kept = []
+    for row in rows:
+        if fits.get(row["image"], True):
+            kept.append(row)
+        elif row["rank"] == 1:
+            kept.append({**row, "label": NONE_OF_THESE, "probability": None})
+    return kept
+
+
+def _labels_of_each(found: Any, classifier: Any) -> list[dict[str, Any]]:
+    """One row an image and label that reaches its threshold, the surest first; an image without labels keeps a row."""
+    logits, thresholds = classifier.logits(found.image), classifier.label_thresholds()
+    rows: list[dict[str, Any]] = []
+    for key, above in zip(found.keys, logits - thresholds, strict=True):
+        order = [index for index in (-above).argsort().tolist() if above[index] >= 0]
+        for rank, index in enumerate(order, start=1):
+            label, margin = str(classifier.classes_[index]), float(above[index])
+            rows.append({"image": key, "rank": rank, "label": label, "above_threshold": margin, "error": ""})
+        if not order:
+            rows.append({"image": key, "rank": None, "label": None, "above_threshold": None, "error": ""})
+    for key, reason in found.failures.items():
+        rows.append({"image": key, "rank": None, "label": None, "above_threshold": None, "error": reason})
+        print(f"{key}: {reason}", file=sys.stderr)
+    return rows
+
+
+def _place(model: str) -> str:
+    from pathlib import Path
+
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def read_labels(listed: str | None, file: str | None) -> list[str]:

@@ -1,6 +1,7 @@
 """What a trained model can do: embedding, classifiers, retrieval, comparison, and the report of a run."""
 
 from contrastive.evaluation.cautions import reader_warnings
+from contrastive.evaluation.classifier_file import load_classifier
 from contrastive.evaluation.controls import ProbeOutcome, probe_with_controls
 from contrastive.evaluation.embed import Embeddings, embed, embed_texts
 from contrastive.evaluation.examples import Examples
@@ -13,6 +14,7 @@ from contrastive.evaluation.report import write_report
 from contrastive.evaluation.stored import model_hash
 from contrastive.evaluation.table import format_results_table
 from contrastive.evaluation.tasks import Evaluation, evaluate_labelled, evaluate_pairs
+from contrastive.evaluation.template_spread import label_order_difference, template_spread
 from contrastive.evaluation.templates import read_templates
 from contrastive.evaluation.zeroshot import ZeroShotClassifier
 
@@ -32,11 +34,14 @@ __all__ = [
     "format_results_table",
     "has_captions",
     "knn_sweep",
+    "label_order_difference",
+    "load_classifier",
     "model_hash",
     "open_labelled",
     "probe_with_controls",
     "read_templates",
     "reader_warnings",
+    "template_spread",
     "write_predictions",
     "write_report",
 ]

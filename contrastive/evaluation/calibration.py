@@ -1,30 +1,86 @@
+"""Are probabilities what they say? Reliability, expected calibration error, and the temperature that mends both.
+
+Legend: N samples, K classes. Temperature scaling and the error are those of Guo et al. 2017 (arXiv:1706.04599).
+"""
+
+from __future__ import annotations
+
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.special import logsumexp, softmax
+
+from contrastive.errors import UserError
+
+BOUNDS = (1e-3, 1e3)  # of a temperature: where every sample is right, the log loss falls for ever as it goes to 0
 
 
-def temperature(logits: ArrayLike, target: ArrayLike) -> float:
-    rows = np.arange(len(np.asarray(target)))
+def temperature(logits_NK: ArrayLike, target_N: ArrayLike) -> float:
+    """The divisor of the logits that minimises the log loss, within 0.001 to 1,000.
 
-    def loss(log_t: float) -> float:
-        return float(-log_softmax(np.asarray(logits, float) / np.exp(log_t), axis=1)[rows, target].mean())
+    The loss is convex in the inverse of the temperature, so that its derivative has one zero. No sample's best class
+    changes. Fit it on a validation split, never on what it is then measured on.
 
-    return float(np.exp(minimize_scalar(loss, bounds=(-6, 6), method="bounded").x))
+    Raises `UserError` for no samples, and for logits that are not finite.
+    """
+    logits, target = _checked(logits_NK, target_N, "logits")
+    own_N = np.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+
+    def slope(log_inverse: float) -> float:
+        """Derivative of the log loss by the inverse temperature: expected logit minus that of the right class."""
+        expected_N = (softmax(np.exp(log_inverse) * logits, axis=1) * logits).sum(axis=1)
+        return float((expected_N - own_N).mean())
+
+    low, high = -np.log(BOUNDS[1]), -np.log(BOUNDS[0])
+    if slope(low) >= 0:  # no better than a guess at any temperature: as flat as it goes
+        return BOUNDS[1]
+    if slope(high) <= 0:
+        return BOUNDS[0]
+    return float(np.exp(-brentq(slope, low, high, xtol=1e-10)))
 
 
-def reliability(probabilities: ArrayLike, target: ArrayLike, bins: int = 15) -> list[dict[str, float]]:
-    p = np.asarray(probabilities)
-    c = p.max(1)
-    r = p.argmax(1) == target
-    b = np.clip(np.ceil(c * bins).astype(int) - 1, 0, bins - 1)
+def log_loss(logits_NK: ArrayLike, target_N: ArrayLike) -> float:
+    """Mean negative log probability of the right class, natural logarithm."""
+    logits, target = _checked(logits_NK, target_N, "logits")
+    own_N = np.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+    return float((logsumexp(logits, axis=1) - own_N).mean())
+
+
+def reliability(probabilities_NK: ArrayLike, target_N: ArrayLike, bins: int = 15) -> list[dict[str, float]]:
+    """Samples by the probability of their best class, in `bins` equal ranges of 0 to 1; empty ranges are left out.
+
+    Each `{"confidence", "accuracy", "samples"}`: mean probability, share that is right, how many; in order of
+    confidence. A probability on the border of two ranges counts in the lower one.
+    """
+    if bins < 1:
+        raise UserError(f"bins {bins}: give at least 1")
+    probabilities, target = _checked(probabilities_NK, target_N, "probabilities")
+    confidence_N = probabilities.max(axis=1)
+    right_N = probabilities.argmax(axis=1) == target
+    place_N = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence_N, side="left")
     return [
-        dict(confidence=float(c[b == k].mean()), accuracy=float(r[b == k].mean()), samples=int((b == k).sum()))
-        for k in range(bins)
-        if (b == k).any()
+        {
+            "confidence": float(confidence_N[inside].mean()),
+            "accuracy": float(right_N[inside].mean()),
+            "samples": int(inside.sum()),
+        }
+        for inside in (place_N == number for number in range(bins))
+        if inside.any()
     ]
 
 
-def expected_error(probabilities: ArrayLike, target: ArrayLike, bins: int = 15) -> float:
-    rows = reliability(probabilities, target, bins)
-    return sum(row["samples"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / len(np.asarray(target))
+def expected_error(probabilities_NK: ArrayLike, target_N: ArrayLike, bins: int = 15) -> float:
+    """Expected calibration error: the mean gap of confidence and accuracy over `reliability`'s ranges, by samples."""
+    rows = reliability(probabilities_NK, target_N, bins)
+    samples = sum(row["samples"] for row in rows)
+    return float(sum(row["samples"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / samples)
+
+
+def _checked(scores_NK: ArrayLike, target_N: ArrayLike, name: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    scores, target = np.asarray(scores_NK, np.float64), np.asarray(target_N, np.int64)
+    if scores.ndim != 2 or target.shape != scores.shape[:1] or not len(scores):
+        raise UserError(f"{name}: shape {scores.shape} does not fit {target.shape} targets; give (n, classes) and (n,)")
+    if not np.isfinite(scores).all():
+        row = int((~np.isfinite(scores).all(axis=1)).argmax())
+        raise UserError(f"{name}: row {row} is not finite; leave it out")
+    return scores, target

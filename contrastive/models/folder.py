@@ -9,11 +9,14 @@ import hashlib
 import json
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from contrastive.errors import UserError
 from contrastive.models.image_towers import TimmImageTower
@@ -29,6 +32,30 @@ TEXT_TOWERS = {"transformer": TransformerTextTower, "huggingface": HuggingFaceTe
 
 class RandomWeightsWarning(UserWarning):
     """A model was opened without trained weights."""
+
+
+class NoTextTower(nn.Module):
+    """In place of the text tower of a model that was opened without it."""
+
+    cuts_text = True
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        super().__init__()
+        self._description = description
+
+    def features(self, tokens: torch.Tensor) -> torch.Tensor:
+        raise UserError("the model was opened without its text tower; open it with contrastive.load(path)")
+
+    project = features
+
+    def projection_parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def checkpoint_gradients(self) -> None:
+        pass
+
+    def description(self) -> dict[str, Any]:
+        return self._description
 
 
 def describe(model: TwoTower) -> dict[str, Any]:
@@ -61,8 +88,11 @@ def save_model(model: TwoTower, folder: str | Path) -> Path:
     return folder
 
 
-def build_described(description: dict[str, Any], folder: Path) -> TwoTower:
-    """The model of a saved description, with random weights; its tokenizer comes from `folder`."""
+def build_described(description: dict[str, Any], folder: Path, *, text_tower: bool = True) -> TwoTower:
+    """The model of a saved description, with random weights; its tokenizer comes from `folder`.
+
+    text_tower: False puts a `NoTextTower` in its place.
+    """
     bias = 0.0 if description.get("bias") else None
     if "open_clip" in description:
         model = open_clip_model(
@@ -71,14 +101,16 @@ def build_described(description: dict[str, Any], folder: Path) -> TwoTower:
             bias=bias,
             scale_max=description["scale_max"],
         )
+        if not text_tower:  # open_clip builds both; what it built is let go
+            model.text = NoTextTower({"kind": "open_clip"})
         return model
     image = dict(description["image"])
     text = dict(description["text"])
     image_tower = IMAGE_TOWERS[image.pop("kind")](**image)
-    text_tower = TEXT_TOWERS[text.pop("kind")](**text)
+    text_half: Any = TEXT_TOWERS[text.pop("kind")](**text) if text_tower else NoTextTower(description["text"])
     return TwoTower(
         image_tower,
-        text_tower,
+        text_half,
         load_tokenizer(description["tokenizer"], folder),
         description["dim"],
         scale_max=description["scale_max"],
@@ -87,7 +119,7 @@ def build_described(description: dict[str, Any], folder: Path) -> TwoTower:
     )
 
 
-def _open_folder(folder: Path) -> TwoTower:
+def _open_folder(folder: Path, text: bool) -> TwoTower:
     try:
         description = json.loads((folder / "config.json").read_text())
         assert description["format"] <= FORMAT
@@ -96,16 +128,23 @@ def _open_folder(folder: Path) -> TwoTower:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"{folder}: model.safetensors is missing; save the model again")
-    model = build_described(description, folder)
+    model = build_described(description, folder, text_tower=text)
     try:
-        model.load_state_dict(load_file(weights))
+        if text:
+            model.load_state_dict(load_file(weights))
+        else:
+            with safe_open(weights, framework="pt") as file:
+                names = [name for name in file.keys() if not name.startswith("text.")]  # noqa: SIM118
+                model.load_state_dict({name: file.get_tensor(name) for name in names})
+                saved = {key: value for key, value in description.items() if key != "tokenizer"}
+                model.whole_fingerprint = _digest(saved, sorted(file.keys()), file.get_tensor)
     except Exception as error:  # safetensors raises its own types for a cut-off file
         reason = str(error).splitlines()[0]
         raise UserError(f"{weights}: the weights do not fit or are damaged ({reason})") from None
     return model
 
 
-def load(path_or_name: str | Path, *, device: str | torch.device | None = None) -> TwoTower:
+def load(path_or_name: str | Path, *, device: str | torch.device | None = None, text: bool = True) -> TwoTower:
     """Open a model, in evaluation mode.
 
     Args:
@@ -113,6 +152,8 @@ def load(path_or_name: str | Path, *, device: str | torch.device | None = None) 
             ``NAME:WEIGHTS`` for an open_clip weight tag or checkpoint file. A bare open_clip name has **random
             weights**, and says so with a `RandomWeightsWarning`: nothing is fetched unless it is asked for.
         device: where to put it; the accelerator if there is one, else the CPU.
+        text: False leaves the text tower of a model folder out, as a saved classifier needs none: only images can be
+            embedded then. The fingerprint stays that of the whole model.
 
     Raises:
         UserError: nothing by that name, or a damaged folder.
@@ -125,7 +166,7 @@ def load(path_or_name: str | Path, *, device: str | torch.device | None = None) 
             raise UserError(
                 f"{path}: no model here (neither config.json nor model/config.json); has the run saved one?"
             )
-        model = _open_folder(folder)
+        model = _open_folder(folder, text)
     elif path.exists():
         raise UserError(f"{path} is a file; name the run folder or the model folder")
     else:
@@ -158,8 +199,15 @@ def reinitialised(model: TwoTower, seed: int = 0) -> TwoTower:
 
 def fingerprint(model: TwoTower) -> str:
     """Hash of the weights and the description: two models with the same one give the same embeddings."""
-    digest = hashlib.sha256(json.dumps(describe(model), sort_keys=True).encode())
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    if model.whole_fingerprint is not None:
+        return model.whole_fingerprint
+    state = model.state_dict()
+    return _digest(describe(model), sorted(state), state.__getitem__)
+
+
+def _digest(description: dict[str, Any], names: list[str], tensor: Callable[[str], torch.Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name in names:
+        digest.update(name.encode())
+        digest.update(tensor(name).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

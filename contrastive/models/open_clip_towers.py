@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
 from contrastive.errors import UserError
+from contrastive.models.prefix_tree import Layer, last_states
 from contrastive.models.tokenizer import OpenClipTokenizer
 from contrastive.models.two_tower import TwoTower
 
@@ -86,6 +87,28 @@ class OpenClipTextTower(nn.Module):
         pooled: Tensor = text_global_pool(model.ln_final(x_NLE), tokens_NL, "argmax")
         return pooled
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """True of a tower whose text is cut and whose layers are CLIP's own: no norms inside, nothing quantised."""
+        return self.cuts_text and all(_plain_block(block) for block in self.model.transformer.resblocks)
+
+    def prompt_features(self, tokens_NL: Tensor) -> Tensor:
+        """`features` to 1e-5, shared beginnings computed once; only where `shares_prefixes`."""
+        model = self.model
+        layers = [
+            Layer(
+                block.ln_1, block.attn.in_proj_weight, block.attn.in_proj_bias, block.attn.out_proj,
+                block.ln_2, block.mlp, block.attn.num_heads, block.ls_1, block.ls_2,
+            )
+            for block in model.transformer.resblocks
+        ]  # fmt: skip
+        # open_clip pools at the highest id, which is the end of the text
+        lengths_N, embedding_VE = tokens_NL.argmax(dim=-1) + 1, model.token_embedding.weight
+        states: Tensor = model.ln_final(
+            last_states(tokens_NL, lengths_N, embedding_VE, model.positional_embedding, layers)
+        )
+        return states
+
     def project(self, features_NE: Tensor) -> Tensor:
         if not self.cuts_text or self.model.text_projection is None:
             return features_NE
@@ -102,6 +125,17 @@ class OpenClipTextTower(nn.Module):
 
     def description(self) -> dict[str, Any]:
         return {"kind": "open_clip"}
+
+
+def _plain_block(block: Any) -> bool:
+    return (
+        type(block) is ResidualAttentionBlock
+        and not hasattr(block, "ln_1_kv")
+        and block.attn.in_proj_weight is not None
+        and block.attn.bias_k is None
+        and not block.attn.add_zero_attn
+        and type(block.mlp.c_fc) is nn.Linear
+    )
 
 
 def _named_projection(tower: nn.Module) -> list[nn.Parameter]:

@@ -3,7 +3,9 @@
 A tower offers ``features(tokens_NL) -> (N, E)`` and ``project(features_NE) -> (N, D)``, as image towers do, and is not
 asked for more; what it returns is not yet normalised. ``cuts_text`` says whether the
 result is the same for captions cut to the longest of the batch as for captions padded to the full context; towers for
-which it is false are given the full context by the model.
+which it is false are given the full context by the model. A causal tower that pools at a text's last token may also
+have ``shares_prefixes`` true and ``prompt_features(tokens_NL) -> (N, E)``: ``features`` for use, in evaluation mode,
+with what texts have in common computed once (see `prefix_tree`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from contrastive.errors import UserError
+from contrastive.models.prefix_tree import Layer, last_states
 
 
 class TextTower(Protocol):
@@ -67,6 +70,10 @@ class Block(nn.Module):
         )
         x_NLE = x_NLE + self.drop(self.out(attended.transpose(1, 2).reshape(n, length, width)))
         return x_NLE + self.drop(self.mlp(self.norm_mlp(x_NLE)))
+
+    def taken_apart(self) -> Layer:
+        """What computes the block in evaluation mode on a tree of texts."""
+        return Layer(self.norm_attention, self.qkv.weight, self.qkv.bias, self.out, self.norm_mlp, self.mlp, self.heads)
 
 
 class TransformerTextTower(nn.Module):
@@ -138,6 +145,22 @@ class TransformerTextTower(nn.Module):
             last_N = real_NL.sum(1).clamp(min=1) - 1
             return x_NLE[torch.arange(len(x_NLE), device=x_NLE.device), last_N]
         return mean_of_real(x_NLE, real_NL)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a text's features depend on its last token's state, and that on earlier tokens, alone."""
+        return self.causal and self.pool == "end" and self.position is not None
+
+    def prompt_features(self, tokens_NL: Tensor) -> Tensor:
+        """`features` in evaluation mode, to 1e-5, shared beginnings computed once; only where `shares_prefixes`."""
+        real_NL = tokens_NL != self.pad_id
+        if not torch.equal(real_NL, real_NL.cummin(dim=1).values):  # padding inside a text is masked as a key
+            return self.features(tokens_NL)
+        assert self.position is not None
+        layers = [block.taken_apart() for block in self.blocks]  # type: ignore[operator]
+        lengths_N = real_NL.sum(1).clamp(min=1)
+        states: Tensor = self.norm(last_states(tokens_NL, lengths_N, self.embedding.weight, self.position, layers))
+        return states
 
     def project(self, features_NE: Tensor) -> Tensor:
         projected: Tensor = self.projection(features_NE)

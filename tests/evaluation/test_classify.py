@@ -1,0 +1,104 @@
+"""`contrastive classify` beyond labels: the file, lint, "none of these", several labels."""
+
+import json
+
+import numpy as np
+import pytest
+
+import contrastive
+from tests.evaluation.fake import NAMES
+from tests.evaluation.test_commands import command, save_random_model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_random_model(tmp_path_factory.mktemp("model"), 0)
+
+
+def rows_of(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_saved_classifier_gives_the_same_rows_without_the_text_tower(saved, pairs, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "classifier.safetensors"
+    options = ("--format", "json", "--top-k", 2)
+    labels = ("--labels", ",".join(NAMES), "--templates", "general")
+    assert command("classify", saved, pairs, *labels, "--save", file, *options) == 0
+    first = rows_of(capsys)
+    built = []
+    tower = contrastive.models.TransformerTextTower
+    monkeypatch.setattr(tower, "__init__", lambda *a, **k: built.append(1))
+    assert command("classify", saved, pairs, "--classifier", file, *options) == 0
+    second = rows_of(capsys)
+    assert not built
+    assert [row["label"] for row in second] == [row["label"] for row in first]
+    np.testing.assert_allclose(*([row["probability"] for row in rows] for rows in (first, second)), rtol=1e-5)
+
+
+def test_another_models_classifier_is_one_line_with_both_hashes(saved, pairs, tmp_path, capsys):
+    file, other = tmp_path / "c.safetensors", save_random_model(tmp_path / "other", 1)
+    command("classify", saved, pairs, "--labels", "red,blue", "--save", file)
+    capsys.readouterr()
+    assert command("classify", other, pairs, "--classifier", file) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for model in (saved, other):
+        assert contrastive.models.fingerprint(contrastive.load(model)) in error
+
+
+def test_validation_calibrates_and_the_file_keeps_it(saved, labelled, tmp_path, capsys):
+    file = tmp_path / "c.safetensors"
+    options = ("--labels", ",".join(NAMES), "--validation", labelled, "--reject", "--save", file)
+    assert command("classify", saved, labelled, *options, "--format", "json") == 0
+    out, err = capsys.readouterr()
+    assert "calibration error" in err and "none of these: threshold" in err
+    opened = contrastive.load_classifier(file, saved)
+    assert opened.temperature_ != 1
+    refused = [row["image"] for row in json.loads(out) if row["label"] == "none of these"]
+    keys = contrastive.embed(contrastive.load(saved), labelled).keys
+    assert refused == [key for key, fits in zip(keys, opened.fits(labelled), strict=True) if not fits]
+    assert 0 < len(refused) <= 0.05 * len(keys) + 1
+
+
+def test_images_of_none_of_the_labels_choose_the_threshold(saved, labelled, pairs, capsys):
+    options = ("--labels", ",".join(NAMES), "--validation", labelled, "--unknown", pairs, "--reject")
+    assert command("classify", saved, pairs, *options) == 0
+    assert "auroc" in capsys.readouterr().err
+
+
+def test_several_labels_an_image(saved, labelled, pairs, tmp_path, capsys):
+    model = contrastive.load(saved)
+    found = contrastive.embed(model, labelled)
+    truth = np.asarray(found.labels)[:, None] == np.asarray(NAMES)
+    classifier = contrastive.ZeroShotClassifier(model, NAMES).fit_thresholds(found.image, truth)
+    classifier.save(tmp_path / "c.safetensors")
+    options = ("--classifier", tmp_path / "c.safetensors", "--multilabel", "--format", "json")
+    assert command("classify", saved, pairs, *options) == 0
+    rows = rows_of(capsys)
+    for key, labels in zip([f"{n}.png" for n in range(8)], classifier.predict_labels(pairs), strict=True):
+        own = {row["label"] for row in rows if row["image"] == key} - {None}
+        assert own == set(np.asarray(NAMES)[labels])
+
+
+def test_lint_is_one_line_a_finding_on_the_error_stream(saved, pairs, capsys):
+    assert command("classify", saved, pairs, "--labels", "red,RED,blue", "--format", "json") == 0
+    out, err = capsys.readouterr()
+    json.loads(out)
+    assert "warning: labels 'red' and 'RED' differ in spelling alone\n" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--labels", "red,blue", "--reject"), "--validation"),
+        (("--labels", "red,blue", "--multilabel"), "fit_thresholds"),
+        (("--labels", "red,blue", "--multilabel", "--reject"), "use one"),
+        (("--labels", "red,blue", "--unknown", "x"), "--validation"),
+        (("--classifier", "missing.safetensors"), "no such file"),
+        (("--classifier", "c.safetensors", "--templates", "short"), "has its own"),
+    ],
+)
+def test_options_that_cannot_be_meant_end_with_one_line(saved, pairs, capsys, options, message):
+    assert command("classify", saved, pairs, *options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
