@@ -19,7 +19,7 @@ KNN = {
     "k": 20,
     "temperature": 0.07,
     "top1": m(0.612),
-    "validation": [{"k": k, "temperature": t, "accuracy": 0.6 - t} for k in (5, 20) for t in (0.07, 0.2)],
+    "grid": [{"k": k, "temperature": t, "accuracy": 0.6 - t} for k in (5, 20) for t in (0.07, 0.2)],
 }
 
 
@@ -46,7 +46,7 @@ def test_neighbours_show_what_was_chosen_and_all_that_was_tried():
     text = text_of({"knn": KNN})
     assert "<td>20</td><td>0.07</td><td>61.2  (59.2 – 63.2)</td>" in text
     assert ">temperature 0.07</text>" in text and ">temperature 0.2</text>" in text
-    assert "<svg" not in text_of({"knn": {**KNN, "validation": []}})
+    assert "<svg" not in text_of({"knn": {**KNN, "grid": []}})
 
 
 def test_the_table_holds_the_ends_of_few_shots_and_the_neighbours():
