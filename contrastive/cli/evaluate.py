@@ -24,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels.add_argument("--labels", metavar="A,B", help="classes of zero-shot (default: those of DATA)")
     labels.add_argument("--labels-file", metavar="FILE", help="the same, one a line")
     parser.add_argument("--shots", metavar="N,N", help="of fewshot (default: of 1,2,4,8,16 those every class has)")
-    parser.add_argument("--templates", metavar="T", help="none (default), short, or a file with one a line, with {}")
+    parser.add_argument(
+        "--templates",
+        metavar="T",
+        help="none (default), general, openai7, openai80, or a file with one a line, with {}",
+    )
     parser.add_argument("--captions", choices=("first", "all"), default="all", help="of pairs (default: all)")
     parser.add_argument("--invert", action="store_true", help="turn the images into their negatives first")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), help="compute in this precision (default: the weights')")

@@ -63,6 +63,11 @@ def _labelled_rows(found: dict[str, Any]) -> Iterator[Row]:
     for name, title in (("top1", "top-1"), ("top5", "top-5"), ("mean_per_class", "mean per class")):
         if name in zeroshot:
             yield _row(part, f"zero-shot, {title}", zeroshot[name])
+    if "wording" in found:
+        single = found["wording"]["single"]
+        yield _row(part, "  the same by names alone, top-1", found["wording"]["names_only"])
+        extremes = {"value": single["mean"], "low": single["low"], "high": single["high"]}
+        yield _row(part, "  single templates, mean and extremes, top-1", extremes)
     yield from _error_rows(part, "zero-shot", zeroshot)
     for name, title in PROBES.items():
         probe = found.get("probe", {}).get(name)

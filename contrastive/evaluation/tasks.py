@@ -32,6 +32,7 @@ from contrastive.evaluation.predictions import Predictions
 from contrastive.evaluation.probed import fit_probes, judge_probe, pixel_rows
 from contrastive.evaluation.protocol import Model
 from contrastive.evaluation.retrieval import hubness, rank_both, recalls, retrieval_ranks, summary
+from contrastive.evaluation.template_spread import template_spread
 from contrastive.evaluation.templates import read_templates
 from contrastive.evaluation.zeroshot import ZeroShotClassifier, check_labels
 from contrastive.shards import caption_id
@@ -214,7 +215,7 @@ def evaluate_labelled(
         "content", "content_train", "seconds"}` and a part for each task: "zeroshot" and "probe" as in `judge` (the
         probe with "model", "random" and "pixels" as in `fit_probes`), "fewshot" and "knn" as those functions give
         them ("shots": those that were tried), "retrieval" as in `recalls`, between images and the prompts of their
-        labels. With `train`: "duplicates".
+        labels. With `train`: "duplicates". With several templates: "wording", see `template_spread`.
 
     Raises:
         UserError: an unknown task, no labels, a label of `test` that is not in `labels`, a task that needs `train`
@@ -301,6 +302,10 @@ def evaluate_labelled(
             logits = classifier.decision_function(found.image)
             judged["zeroshot"] = judge(logits, target, names, validation=validation, seed=seed)
             results["zeroshot"] = judged["zeroshot"].results
+            if len(templates_used) > 1:
+                results["wording"] = template_spread(
+                    model, found.image, target, names, templates_used, batch_size=batch_size, dtype=dtype, seed=seed
+                )
     if "probe" in tasks:
         with timed("probe"):
             assert train_found is not None

@@ -6,6 +6,7 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from contrastive.errors import UserError
+from contrastive.evaluation import metrics
 from contrastive.evaluation.calibration import expected_error, log_loss, reliability, temperature
 
 
@@ -59,3 +60,11 @@ def test_reliability_counts_every_sample_once_in_its_range():
 def test_logits_that_cannot_be_meant_are_told(logits, target, message):
     with pytest.raises(UserError, match=message):
         temperature(logits, target)
+
+
+def test_the_interval_of_the_error_holds_it_where_the_model_is_calibrated():
+    random = np.random.default_rng(0)
+    probabilities = random.dirichlet(np.ones(4), 2000)
+    target = np.asarray([random.choice(4, p=row) for row in probabilities])
+    found = metrics.expected_error(probabilities, target)
+    assert 0 <= found["low"] < found["value"] < found["high"] < 0.05

@@ -5,7 +5,13 @@ import pytest
 from PIL import Image
 
 from contrastive.errors import UserError
-from contrastive.evaluation import embed, evaluate_labelled, evaluate_pairs, probe_with_controls
+from contrastive.evaluation import (
+    embed,
+    evaluate_labelled,
+    evaluate_pairs,
+    format_results_table,
+    probe_with_controls,
+)
 from contrastive.shards import open_index, open_source, write_shards
 from tests.evaluation.fake import NAMES, ColourModel, square
 
@@ -69,6 +75,9 @@ def test_a_labelled_set_gets_zero_shot_and_probe_with_controls(model, labelled):
         model, "colours", labelled, labelled, random_model=random_model, templates=["{}", "a {} square"]
     ).results
     assert (results["samples"], results["classes"], results["templates"]) == (48, 4, ["{}", "a {} square"])
+    assert results["wording"]["ensemble"]["value"] == results["zeroshot"]["top1"]["value"]
+    table = format_results_table({"sets": {"colours": results}})
+    assert "by names alone" in table and "single templates, mean and extremes" in table
     assert results["zeroshot"]["top1"]["value"] == results["zeroshot"]["mean_per_class"]["value"] == 1.0
     probe = results["probe"]
     assert [probe[name]["width"] for name in ("model", "random", "pixels")] == [48, 48, 3 * 12 * 12]
