@@ -82,8 +82,8 @@ def expected_error(
     """Expected calibration error of the likeliest class with equal bins of confidence: `{"value", "low", "high"}`.
 
     The sum over bins of |right - confident| / N, where a bin adds up how many of its samples are right and their
-    probabilities (Guo et al. 2017). The interval redraws samples. Noise in a bin never cancels, so that redrawing raises
-    the error; by as much as it does on average the draws are lowered, down to 0.
+    probabilities (Guo et al. 2017). The interval redraws samples. Noise in a bin never cancels, so that redrawing
+    raises the error; by as much as it does on average the draws are lowered, down to 0.
     """
     from contrastive.evaluation import calibration
 
