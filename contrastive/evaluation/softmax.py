@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from contrastive.evaluation.lbfgs import Batch, minimise
+from contrastive.evaluation.newton import Path, newton
 
 Array = NDArray[np.float64]
 
@@ -127,6 +128,9 @@ class SoftmaxRegression:
         work = _Work(self, strength_P, weight, precondition)
         if start is not None:
             work.start_from(*(torch.as_tensor(np.asarray(part), dtype=torch.float64) for part in start))
+        if weight is None and precondition and not self.grouped:
+            work.follow(tolerance, max_iter, coarse_to_fine, started=start is not None)
+            return work.solutions()[0]
         precisions = (torch.float32, torch.float64) if polish else (torch.float32,)
         for dtype in precisions:
             rough = dtype == torch.float32
@@ -186,6 +190,35 @@ class _Work:
                     if i != j:
                         share[i] *= (place[p] - x[j]) / (x[i] - x[j])
             self.point_GAKP[..., p] = self.point_GAKP[..., near] @ share
+
+    def follow(self, tolerance: float, max_iter: int, coarse_to_fine: bool, started: bool) -> None:
+        """Newton's method from one strength to the next, on features that are in memory once."""
+        problem, path = self.problem, Path()
+        levels = _levels(self.strength_P) if coarse_to_fine else [self.strength_P.argsort()]
+        done: list[int] = []
+        for level in levels:
+            interpolated = len(done) > 1 and not started
+            if interpolated:
+                self.interpolate(level, torch.as_tensor(done))
+            path.stale = True  # from the weakest penalty back to the strongest
+            for p in level.tolist():
+                if done and not interpolated:
+                    self.point_GAKP[..., p] = self.point_GAKP[..., done[-1]]
+                batch = Batch(
+                    problem.rotated_GNR,
+                    problem.target,
+                    problem.sigmoid,
+                    self.strength_P[[p]],
+                    self.point_GAKP[..., [p]],
+                    None,
+                    problem.offset,
+                    problem.free_intercept,
+                )
+                count, _ = newton(batch, path, tolerance, max_iter)
+                self.point_GAKP[..., p] = batch.point_GAKP[..., 0]
+                self.iterations_GP[:, p] = count
+                self.flops += batch.flops
+                done.append(p)
 
     def run(self, columns: Tensor, tolerance: float, promise: float, max_iter: int, dtype: torch.dtype) -> None:
         """Move problems `columns` to their optimum: rounds of L-BFGS, each on features rotated for what is left."""
