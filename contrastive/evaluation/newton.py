@@ -5,9 +5,10 @@ Shapes as in `softmax`: N samples, A = R + 1 with the intercept last, K classes.
 For weak penalties L-BFGS needs thousands of iterations on features whose directions differ much in power. Newton's
 method asks for H^-1 g instead, which conjugate gradients give within a dozen products when they are preconditioned
 well: by the whole Hessian of an earlier point where it is small, else by its diagonal blocks, one a class,
-X' diag(p_k (1 - p_k)) X, both on the samples that most of the uncertainty rests on. They change little from one strength
-to the next, and are made anew only when the number of products says so. Nocedal and Wright, "Numerical optimization", 2006, section 7.1; Lin, Weng and Keerthi, "Trust region
-Newton method for large-scale logistic regression", JMLR 2008.
+X' diag(p_k (1 - p_k)) X, both on the samples that most of the uncertainty rests on. They change little from one
+strength to the next, and are made anew only when the number of products says so. Nocedal and Wright, "Numerical
+optimization", 2006, section 7.1; Lin, Weng and Keerthi, "Trust region Newton method for large-scale logistic
+regression", JMLR 2008.
 """
 
 from __future__ import annotations
