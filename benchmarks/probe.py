@@ -6,8 +6,9 @@ Sets: the 10,000 training images of data/fashion-mnist as 1,280 random ReLU feat
 them: they cost no tower and are as ill-conditioned as a tower's), and 100 made classes of 5,000 samples, 512 wide.
 Sweeps: `clip`, 96 strengths from 1e-6 to 1e6, and `dinov2`, 45 from 1e-6 to 1e5; all of ours.
 
-scikit-learn fits one strength after the other; of its strengths one in `--every` is fitted, the first and the last among
-them, in float32 and starting from the one before (less near than the neighbour would be), and its time is that of all of them, by interpolation.
+scikit-learn fits one strength after the other; of its strengths one in `--every` is fitted, the first and the last
+among them, in float32 and starting from the one before (less near than the neighbour would be), and its time is that of
+all of them, by interpolation.
 "default": its own tol 1e-4 and 100 iterations. "same gap": the loosest of a ladder of tolerances with which it comes as
 close to the optimum as ours, per strength (or to 1e-6); only the time of that fit counts, not the search for it. A gap
 is (objective - optimum) / optimum in float64; the optimum is ours at tolerance 1e-7 of the bound. `--limit` seconds end
