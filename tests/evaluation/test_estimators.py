@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -80,3 +81,12 @@ def test_a_probe_in_the_middle_of_its_grid_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LinearProbe([1e-9, 1e-2, 1e4]).fit(*make_classification(400, 60, n_informative=4, flip_y=0.3, random_state=0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_processes_are_left() -> Iterator[None]:
+    """joblib keeps its processes for the next call; other tests look for children that were left."""
+    yield
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown(wait=True)
