@@ -6,7 +6,6 @@ Trends in Multimodal Machine Learning", section 2.1), each reduced to a number o
 
 import functools
 import hashlib
-import io
 import math
 import re
 import unicodedata
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from contrastive.shards.decode import FORMATS, decode_image
+from contrastive.shards.decode import decode_image, image_size
 from contrastive.shards.index import ShardIndex
 from contrastive.shards.record import Rejected, image_extension
 
@@ -168,8 +167,7 @@ def _images(index: ShardIndex, numbers: list[int]) -> dict[str, Any]:
         hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True))
         formats.append(image_extension(data) or "unknown")
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
+            width, height = image_size(data)
             widths.append(width)
             heights.append(height)
             pixels.append(width * height)

@@ -37,6 +37,11 @@ def decode_image(data: bytes) -> Image.Image:
     return _load(image)
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height as the header has them. Raises Rejected as `decode_image` does before it decodes."""
+    return _open(data).size
+
+
 def decode_pixels(data: bytes, shrink: Shrink | None = None, scratch: np.ndarray | None = None) -> np.ndarray:
     """`decode_image` as uint8 (height, width, 3); a JPEG may come smaller, by at most `shrink`.
 

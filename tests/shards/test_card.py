@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,3 +128,12 @@ def test_check_of_a_damaged_shard_is_one_line_and_exit_code_2(
     write_tar(tmp_path / "y.tar", pairs(3, first=10))
     assert main(["check", str(tmp_path), "--skip-damaged"]) == 0
     assert "shard left out x.tar: the file is cut off" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_image_that_is_too_large_is_called_so(shards: Shards) -> None:
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)  # no pixels follow
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    body = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    huge = b"\x89PNG\r\n\x1a\n" + b"".join(body)
+    index = shards([Record("a", encoded(), ("one",)), Record("b", huge, ("two",))])
+    assert "too many pixels" in format_card(data_card(index, context=77), "x")
