@@ -121,6 +121,8 @@ class SoftmaxRegression:
         of the objective: |g|^2 / 2, as the penalty alone has curvature 1.
         weight: of the samples, (N, P) or (G, N, P), 0 leaves one out (a fold).
         start: `(coef (K, D), intercept (K,))` to start all of them from.
+        Problems on one set of features, unweighted, are followed by Newton's method (`newton`); folds and groups go
+        side by side through L-BFGS, to which alone `polish` matters.
         polish: go on in float64 when float32 is done. Without, a gap below 1e-6 is not promised.
         precondition, coarse_to_fine: False for comparison.
         """
