@@ -1,5 +1,7 @@
 """The examples of docs/losses.md run and keep what they promise."""
 
+import itertools
+import json
 import os
 import re
 import subprocess
@@ -87,3 +89,42 @@ def test_every_loss_of_the_page_is_a_recipe(block, tmp_path):
         path = tmp_path / f"{number}.yaml"
         path.write_text(f"data: {{train: a}}\ntrain: {{steps: 1}}\n{line}\n")
         load_config(path)
+
+
+# ---- the tables of figures are those of the files that benchmarks wrote
+
+
+def table_after(page: str, heading: str) -> list[list[str]]:
+    """The cells of the table whose first heading is this, below its rule."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} |")) + 2
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_table_of_the_losses_speed_is_what_the_benchmark_wrote() -> None:
+    expected = [
+        [
+            row["loss"], f"{row['n']:,}", f"{row['scale']}", f"{row['peer_seconds']:.3f}", f"{row['ours_seconds']:.3f}",
+            f"{row['speedup']:.2f}", f"{row['x_products']:.2f}",
+            f"{row['speedup_fused']:.2f}" if "speedup_fused" in row else "",
+            f"{row['peer_mib']:,.0f}", f"{row['ours_mib']:.0f}", f"{row['memory_share']:.1%}".replace("%", " %"),
+        ]
+        for row in results("losses")["rows"]
+    ]  # fmt: skip
+    assert table_after("losses.md", "loss | pairs") == expected
+
+
+def test_table_of_the_loaders_speed_is_what_the_benchmark_wrote() -> None:
+    expected = []
+    for case, found in results("loader").items():
+        for system, row in found["systems"].items():
+            memory = f"{row['worker_mib']:,.0f} ({row['worker_private_mib']:.0f})" if row["worker_mib"] else ""
+            share = f"{row['of_limit']:.0%}".replace("%", " %") if "of_limit" in row else ""
+            rate, times = f"{row['samples_per_second']:,.0f}", f"{row['of_open_clip']:.2f}"
+            expected.append([case, system, rate, times, share, memory])
+    assert table_after("experiments.md", "case | system") == expected

@@ -19,10 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from contrastive.config.shipped import find_recipes
+    from contrastive.errors import UserError
     from contrastive.loader_bench import Measured, bench_recipe, bench_shards
 
     # a name without a folder behind it is that of a recipe that comes along
     named = not Path(args.source).exists() and not any(mark in args.source for mark in "*?[{:")
+    if named and args.source not in find_recipes() and not args.source.endswith((".yaml", ".yml")):
+        raise UserError(f"{args.source}: no shards lie there, and `contrastive recipes list` names no such recipe")
     if named or args.source.endswith((".yaml", ".yml")):
         from contrastive.config import load_config
 

@@ -37,8 +37,12 @@ def run(args: argparse.Namespace) -> int:
     if args.allow_pipe:
         storage.configure(allow_pipe=True)
     index = open_index(args.shards, skip_damaged=args.skip_damaged)
+    if args.html and not Path(args.html).absolute().parent.is_dir():
+        raise UserError(f"--html {args.html}: there is no folder {Path(args.html).absolute().parent}; make it first")
     if args.full:
         index.verify()
+        whole = len(index.shards) - len(index.manifest["damaged"])
+        print(f"all bytes of {whole} shards are those that were indexed (sha256)", file=sys.stderr)
     count_tokens = None
     if args.tokenizer:
         count_tokens = _counter(args.tokenizer)

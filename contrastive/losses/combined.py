@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ class WeightedSum(nn.Module):
         names = [name for name, _, _ in terms]
         if not terms or len(set(names)) != len(names):
             raise UserError(f"a sum of losses named {names}: give at least one, and each a name of its own")
+        for name, _, weight in terms:
+            if not math.isfinite(weight):
+                raise UserError(f"weight {weight} of {name}: choose a finite number")
         self.losses = nn.ModuleDict({name: loss for name, loss, _ in terms})
         self.weights = {name: weight for name, _, weight in terms}
         self.needs = tuple(sorted({need for _, loss, _ in terms for need in needs_of(loss)}))

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from contrastive.errors import UserError
 
 # How far the norm of a feature may be from 1. bfloat16 keeps 8 bits: rounding normalised features moves it by 0.004.
 NORM_TOLERANCE = 0.01
+SMALLEST_FLOAT, LARGEST_FLOAT = sys.float_info.min, sys.float_info.max
 EXCHANGES = ("auto", "gather", "ring")
 
 
@@ -30,6 +32,9 @@ def check_arguments(
     check: whether to look at the *values* too (norms, scale). None looks on a CPU only: on an accelerator it would
     make the host wait for the device in every step.
     """
+    for name, value in (("image", image), ("text", text), ("ids", ids), ("valid", valid)):
+        if not (isinstance(value, Tensor) or (value is None and name in ("ids", "valid"))):
+            raise UserError(f"{name} is a {type(value).__name__}: a loss takes tensors; pass torch.as_tensor({name})")
     if image.ndim != 2 or text.ndim != 2 or image.shape[0] != text.shape[0] or image.shape[0] == 0:
         raise UserError(
             f"image {tuple(image.shape)} and text {tuple(text.shape)}: a loss takes features of one shape, "
@@ -51,6 +56,8 @@ def check_arguments(
             raise UserError(f"{name} is {value.dtype} {tuple(value.shape)}: a loss takes {dtype} ({image.shape[0]},)")
     if looks_at_values(check, image.device):
         _check_scale(scale)
+        if bias is not None and not math.isfinite(float(bias.detach())):
+            raise UserError(f"bias {float(bias.detach())}: the logit bias must be finite; lower the learning rate")
         for name, features in (("image", image), ("text", text)):
             check_norms(name, features, valid)
 
@@ -94,12 +101,43 @@ def check_batch_size(rows: int) -> None:
         )
 
 
-def check_same_caption(same_caption: str, choices: tuple[str, ...], ids: Tensor | None) -> None:
-    """Raise UserError for an unknown treatment of equal captions, or for ids missing where it needs them."""
+def check_same_caption(same_caption: str, choices: tuple[str, ...]) -> None:
+    """Raise UserError for an unknown treatment of equal captions."""
     if same_caption not in choices:
         raise UserError(f"same_caption {same_caption!r}: choose one of {', '.join(choices)}")
+
+
+def check_ids(same_caption: str, ids: Tensor | None) -> None:
+    """Raise UserError for ids missing where the treatment of equal captions needs them."""
     if same_caption != "negative" and ids is None:
         raise UserError(f"same_caption {same_caption!r} needs the captions' ids: pass `ids`, or use 'negative'")
+
+
+def check_number(name: str, value: float, low: float, high: float, meaning: str) -> None:
+    """Raise UserError for an option that is no number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f"{name} {value!r}: {meaning}")
+
+
+def check_samples(name: str, samples: Tensor | None, rows: int, size: int) -> None:
+    """Raise UserError for what are no `(rows,)` numbers of samples in a data set of `size`."""
+    if samples is None:
+        raise UserError(f"{name} keeps something for each sample of the data set: pass their numbers as `samples`")
+    if not isinstance(samples, Tensor) or samples.dtype != torch.int64 or samples.shape != (rows,):
+        shown = f"{samples.dtype} {tuple(samples.shape)}" if isinstance(samples, Tensor) else type(samples).__name__
+        raise UserError(
+            f"samples is {shown}: {name} takes torch.int64 ({rows},), the number of each pair in the data set"
+        )
+    low, high = int(samples.min()), int(samples.max())
+    if low < 0 or high >= size:
+        raise UserError(f"samples from {low} to {high}: {name} knows numbers below {size}, the size of the data set")
+
+
+def device_type(image: Tensor) -> str:
+    """The kind of device that the features lie on. Raises UserError if they are no tensor."""
+    if not isinstance(image, Tensor):
+        raise UserError(f"image is a {type(image).__name__}: a loss takes tensors; pass torch.as_tensor(image)")
+    return image.device.type
 
 
 def check_tiling(tile: int | str | None, exchange: str) -> None:

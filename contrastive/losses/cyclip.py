@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from contrastive.errors import UserError
-from contrastive.losses.contract import Loss
+from contrastive.losses.contract import LARGEST_FLOAT, Loss, check_number, device_type
 from contrastive.losses.gather import GlobalBatch, global_batch
 
 
@@ -45,9 +44,8 @@ def cyclip(
     Source: Goel et al. 2022 (arXiv:2205.14459), equations 3 and 4.
     """
     for name, weight in (("in_modal", in_modal), ("cross_modal", cross_modal)):
-        if not weight >= 0:
-            raise UserError(f"{name} {weight}: choose a weight of at least 0; the paper's is 0.25")
-    with torch.autocast(image.device.type, enabled=False):
+        check_number(name, weight, 0, LARGEST_FLOAT, "choose a finite weight of at least 0; the paper's is 0.25")
+    with torch.autocast(device_type(image), enabled=False):
         batch = global_batch(image, text, scale, bias, ids, group, valid, check)
         image_nD, text_nD = batch.image_nD, batch.text_nD
         if image.device.type != "mps":

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from contrastive.losses.contract import Loss, check_same_caption, check_tiling
+from contrastive.losses.contract import Loss, check_same_caption, check_tiling, device_type
 from contrastive.losses.gather import GlobalBatch, global_batch
 from contrastive.losses.softmax import SoftmaxKernel
 from contrastive.losses.tiled import tiled_loss
@@ -43,10 +43,10 @@ def dcl(
 
     Source: Yeh et al. 2022 (arXiv:2110.06848), equation 6, in both directions.
     """
-    check_same_caption(same_caption, CHOICES, ids)
+    check_same_caption(same_caption, CHOICES)
     check_tiling(tile, exchange)
-    with torch.autocast(image.device.type, enabled=False):
-        batch = global_batch(image, text, scale, bias, ids, group, valid, check)
+    with torch.autocast(device_type(image), enabled=False):
+        batch = global_batch(image, text, scale, bias, ids, group, valid, check, same_caption)
         leave_out_same = same_caption == "ignore"
         if tile is None:
             return _plain(batch, leave_out_same)

@@ -11,7 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from contrastive.errors import UserError
-from contrastive.losses.contract import Loss, check_norms, check_tiling, looks_at_values
+from contrastive.losses.contract import (
+    Loss,
+    check_norms,
+    check_number,
+    check_samples,
+    check_tiling,
+    device_type,
+    looks_at_values,
+)
 from contrastive.losses.gather import GlobalBatch, global_batch
 from contrastive.losses.softmax import Exponentials, SoftmaxKernel
 from contrastive.losses.tiled import Tile, tiled_loss
@@ -48,17 +56,20 @@ def distillation(
     (arXiv:2311.17049), equation 2, with the cross-entropy in place of the divergence: the gradient is the same.
     """
     check_tiling(tile, exchange)
-    for name, features in (("teacher_image", teacher_image), ("teacher_text", teacher_text)):
-        if features.ndim != 2 or len(features) != len(image) or features.shape[1] != teacher_image.shape[1]:
-            raise UserError(
-                f"{name} {tuple(features.shape)}: the teacher's features of the same {len(image)} pairs, of one width"
-            )
-        if looks_at_values(check, features.device):
-            check_norms(name, features, valid)
-    if not 0 < teacher_scale < float("inf"):
-        raise UserError(f"teacher_scale {teacher_scale}: choose the teacher's logit scale, above 0; CLIP's is 100")
-    with torch.autocast(image.device.type, enabled=False):
-        batch = global_batch(image, text, scale, bias, ids, group, valid, check)
+    check_number("teacher_scale", teacher_scale, 1e-9, 1e9, "choose the teacher's logit scale, above 0; CLIP's is 100")
+
+    def check_teacher() -> None:
+        for name, features in (("teacher_image", teacher_image), ("teacher_text", teacher_text)):
+            if features.ndim != 2 or len(features) != len(image) or features.shape[1] != teacher_image.shape[1]:
+                raise UserError(
+                    f"{name} {tuple(features.shape)}: the teacher's features of the same {len(image)} pairs, of one "
+                    "width"
+                )
+            if looks_at_values(check, features.device):
+                check_norms(name, features, valid)
+
+    with torch.autocast(device_type(image), enabled=False):
+        batch = global_batch(image, text, scale, bias, ids, group, valid, check, also=check_teacher)
         teacher = (teacher_image.detach().to(batch.image_nD), teacher_text.detach().to(batch.image_nD))
         if tile is None:
             return _plain(batch, *teacher, teacher_scale)
@@ -171,14 +182,9 @@ class Distillation(Loss):
 
         samples: `(n,)` int64, the number of each pair in the data set.
         """
-        if samples is None:
-            raise UserError("distillation looks the teacher's features up: pass the pairs' numbers as `samples`")
+        check_samples("distillation", samples, len(image), len(self.teacher_image))
+        assert samples is not None
         where = samples.to(self.teacher_image.device)
-        if int(where.min()) < 0 or int(where.max()) >= len(self.teacher_image):
-            raise UserError(
-                f"samples from {int(where.min())} to {int(where.max())}: the teacher has features of "
-                f"{len(self.teacher_image)} samples"
-            )
         return distillation(
             image, text, scale, bias, ids, group, valid,
             teacher_image=self.teacher_image[where].to(image.device),

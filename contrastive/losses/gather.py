@@ -3,6 +3,7 @@
 Legend: n rows of this rank, W ranks, B = W * n rows in all, D feature width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from contrastive.errors import UserError
-from contrastive.losses.contract import check_arguments, check_batch_size
+from contrastive.losses.contract import check_arguments, check_batch_size, check_ids, looks_at_values
 
 # torch renamed them, and warns of the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -169,25 +170,40 @@ def global_batch(
     group: dist.ProcessGroup | None = None,
     valid: Tensor | None = None,
     check: bool | None = None,
+    same_caption: str = "negative",
+    *,
+    also: Callable[[], None] | None = None,
 ) -> GlobalBatch:
     """Check the arguments of a loss and gather ids and valid flags of all ranks; call it with autocast disabled.
 
-    Raises UserError for shapes, types and values that no loss can take.
+    same_caption: what the loss makes of equal captions; all but "negative" need `ids`.
+    also: further checks of what this rank was given, which raise UserError.
+
+    Raises UserError for shapes, types and values that no loss can take. What one rank refuses, all refuse, rather than
+    wait for it in a collective until the time-out: they compare notes on a CPU, and elsewhere with `check=True`, since
+    that makes the host wait for the device.
     """
-    check_arguments(image, text, scale, bias, ids, valid, check)
+    world = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    refusal = None
+    try:
+        check_arguments(image, text, scale, bias, ids, valid, check)
+        check_batch_size(world * image.shape[0])
+        check_ids(same_caption, ids)
+        if also is not None:
+            also()
+    except UserError as error:
+        refusal = error
+    if world > 1 and (image.device.type == "cpu" or looks_at_values(check, image.device)):
+        _agree(refusal, image, text, ids, valid, group)
+    if refusal is not None:
+        raise refusal
+
     dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
     image, text, scale = image.to(dtype), text.to(dtype), scale.to(dtype).reshape(())
     bias = None if bias is None else bias.to(dtype).reshape(())
-
-    world = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
-    check_batch_size(world * image.shape[0])
     rank, ids_all, valid_all = 0, ids, valid
     if world > 1:
         rank = dist.get_rank(group)
-        if image.device.type == "cpu":  # elsewhere the check would make the host wait for the device every step
-            sizes = all_gather(torch.tensor([image.shape[0]]), group).tolist()
-            if len(set(sizes)) > 1:
-                raise UserError(f"local batches of {sizes} rows: pad them to one size and use `valid`")
         extra = [x.to(torch.int64) for x in (ids, valid) if x is not None]
         if extra:
             columns = list(all_gather(torch.stack(extra, dim=1), group).unbind(dim=1))
@@ -198,3 +214,35 @@ def global_batch(
     if valid is not None:  # whatever stands there, NaN too, must not reach a product
         image, text = (features.masked_fill(~valid[:, None], 0) for features in (image, text))
     return GlobalBatch(image, text, scale, bias, ids, ids_all, valid, valid_all, group, world, rank)
+
+
+def _agree(
+    refusal: UserError | None,
+    image: Tensor,
+    text: Tensor,
+    ids: Tensor | None,
+    valid: Tensor | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Raise UserError on every rank alike where one refuses its arguments, or where they do not fit together."""
+    rows, width = image.shape if image.ndim == 2 else (0, 0)
+    double = torch.float64 in (image.dtype, getattr(text, "dtype", None))
+    mine = torch.tensor([rows, width, double, ids is not None, valid is not None, refusal is not None])
+    notes = all_gather(mine[None].to(image.device), group).tolist()
+    sizes, widths, doubles, with_ids, with_valid, refused = (list(column) for column in zip(*notes, strict=True))
+    if any(refused):
+        if refusal is not None:
+            raise refusal
+        ranks = [rank for rank, said_no in enumerate(refused) if said_no]
+        raise UserError(f"rank {ranks[0]} refuses its part of the batch and says why; {ranks} of {len(notes)} ranks do")
+    if len(set(sizes)) > 1:
+        raise UserError(f"local batches of {sizes} rows: pad them to one size and use `valid`")
+    if len(set(widths)) > 1 or len(set(doubles)) > 1:
+        kinds = [f"{width} x {'float64' if d else 'float32'}" for width, d in zip(widths, doubles, strict=True)]
+        raise UserError(f"features of {', '.join(kinds)} on the ranks: they must be of one width and precision")
+    for name, given in (("ids", with_ids), ("valid", with_valid)):
+        if len(set(given)) > 1:
+            ranks = [rank for rank, has in enumerate(given) if has]
+            raise UserError(
+                f"`{name}` is given on ranks {ranks} of {len(given)} alone: give it on all of them or on none"
+            )

@@ -8,8 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrastive.errors import UserError
-from contrastive.losses.contract import Loss, check_same_caption, check_tiling
+from contrastive.losses.contract import Loss, check_number, check_same_caption, check_tiling, device_type
 from contrastive.losses.gather import GlobalBatch, global_batch
 from contrastive.losses.softmax import SoftmaxKernel
 from contrastive.losses.tiled import Tile, tiled_loss
@@ -52,12 +51,11 @@ def infonce(
     Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020), figure 3;
     several positives: Khosla et al. 2020 (arXiv:2004.11362), equation 2.
     """
-    check_same_caption(same_caption, CHOICES, ids)
+    check_same_caption(same_caption, CHOICES)
     check_tiling(tile, exchange)
-    if not 0 <= label_smoothing < 1:
-        raise UserError(f"label_smoothing {label_smoothing}: choose a share from 0 up to, not including, 1")
-    with torch.autocast(image.device.type, enabled=False):
-        batch = global_batch(image, text, scale, bias, ids, group, valid, check)
+    check_number("label_smoothing", label_smoothing, 0, 0.999, "choose a share from 0 to 0.999")
+    with torch.autocast(device_type(image), enabled=False):
+        batch = global_batch(image, text, scale, bias, ids, group, valid, check, same_caption)
         if tile is None:
             return _plain(batch, same_caption, label_smoothing)
         loss, kernel = tiled_loss(

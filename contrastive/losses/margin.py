@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from contrastive.errors import UserError
-from contrastive.losses.contract import Loss, check_same_caption, check_tiling
+from contrastive.losses.contract import Loss, check_number, check_same_caption, check_tiling, device_type
 from contrastive.losses.gather import GlobalBatch, all_gather, global_batch
 from contrastive.losses.tiled import Kernel, Tile, tiled_loss
 
@@ -69,19 +69,21 @@ def margin(
     equation 6; semi-hard: Schroff et al. 2015, FaceNet (arXiv:1503.03832), section 3.2. Margins that follow the
     similarity of what is told apart: Li et al. 2020 (arXiv:2005.13826); this form is our own.
     """
-    check_same_caption(same_caption, CHOICES, ids)
+    check_same_caption(same_caption, CHOICES)
     check_tiling(tile, exchange)
-    if not margin >= 0:
-        raise UserError(f"margin {margin}: choose a difference of similarities, from 0 to 2; 0.2 is usual")
+    check_number("margin", margin, 0, 2, "choose a difference of similarities, from 0 to 2; 0.2 is usual")
     if negatives not in NEGATIVES:
         raise UserError(f"negatives {negatives!r}: choose one of {', '.join(NEGATIVES)}")
     for name, value in (("hardness", hardness), ("adaptive", adaptive)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} {value}: choose a share from 0 to 1")
+        check_number(name, value, 0, 1, "choose a share from 0 to 1")
     if negatives != "hardest":
+        if hardness != 1:
+            raise UserError(
+                f"hardness {hardness} does nothing for {negatives!r} negatives; choose 'hardest', or leave it"
+            )
         hardness = 0.0
-    with torch.autocast(image.device.type, enabled=False):
-        whole = global_batch(image, text, scale, bias, ids, group, valid, check)
+    with torch.autocast(device_type(image), enabled=False):
+        whole = global_batch(image, text, scale, bias, ids, group, valid, check, same_caption)
         batch = whole.with_scale(torch.ones_like(whole.scale))
         options = (margin, negatives, hardness, adaptive, same_caption == "ignore")
         if tile is None:

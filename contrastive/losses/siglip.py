@@ -3,13 +3,15 @@
 Legend: n rows of this rank, B rows in all; r x c a tile, r of the n rows and c of the B columns.
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive.errors import UserError
-from contrastive.losses.contract import Loss, check_same_caption, check_tiling
+from contrastive.losses.contract import Loss, check_same_caption, check_tiling, device_type
 from contrastive.losses.gather import GlobalBatch, global_batch
 from contrastive.losses.tiled import Kernel, Tile, exp_, tiled_loss
 
@@ -46,16 +48,20 @@ def siglip(
 
     Source: Zhai et al. 2023 (arXiv:2303.15343), algorithm 1.
     """
-    check_same_caption(same_caption, CHOICES, ids)
+    check_same_caption(same_caption, CHOICES)
     check_tiling(tile, exchange)
-    if bias is None:
-        raise UserError("siglip needs a bias: without one it starts by pushing everything apart; start it at -10")
-    with torch.autocast(image.device.type, enabled=False):
-        batch = global_batch(image, text, scale, bias, ids, group, valid, check)
+    with torch.autocast(device_type(image), enabled=False):
+        also = partial(_check_bias, bias)
+        batch = global_batch(image, text, scale, bias, ids, group, valid, check, same_caption, also=also)
         if tile is None:
             return _plain(batch, same_caption)
         loss, kernel = tiled_loss(batch, lambda b: SigLIPKernel(b, same_caption), tile=tile, exchange=exchange)
         return {"loss": loss, "accuracy": kernel.accuracy()}
+
+
+def _check_bias(bias: Tensor | None) -> None:
+    if bias is None:
+        raise UserError("siglip needs a bias: without one it starts by pushing everything apart; start it at -10")
 
 
 def _plain(batch: GlobalBatch, same_caption: str) -> dict[str, Tensor]:

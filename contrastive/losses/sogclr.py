@@ -4,13 +4,23 @@ Legend: n rows of this rank, B rows in all, S samples of the data set.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from contrastive.errors import UserError
-from contrastive.losses.contract import Loss, check_same_caption, check_tiling
+from contrastive.losses.contract import (
+    LARGEST_FLOAT,
+    SMALLEST_FLOAT,
+    Loss,
+    check_number,
+    check_same_caption,
+    check_samples,
+    check_tiling,
+    device_type,
+)
 from contrastive.losses.dcl import CHOICES, log_sums_of_negatives
 from contrastive.losses.gather import GlobalBatch, all_gather, global_batch
 from contrastive.losses.softmax import SoftmaxKernel
@@ -54,19 +64,19 @@ def sogclr(
     Source: Yuan et al. 2022, SogCLR (arXiv:2202.12387), algorithm 1; Wei et al. 2024, FastCLIP (arXiv:2407.01445),
     equations 1 to 6.
     """
-    check_same_caption(same_caption, CHOICES, ids)
+    check_same_caption(same_caption, CHOICES)
     check_tiling(tile, exchange)
-    if not 0 < gamma <= 1:
-        raise UserError(f"gamma {gamma}: choose how much of an average a visit replaces, above 0 and at most 1")
-    if not epsilon > 0:
-        raise UserError(f"epsilon {epsilon}: choose a small number above 0, 1e-14 is usual")
-    if log_u.shape != (image.shape[0], 2):
-        raise UserError(f"log_u {tuple(log_u.shape)}: pass two averages a pair, ({image.shape[0]}, 2)")
-    with torch.autocast(image.device.type, enabled=False):
-        batch = global_batch(image, text, scale, bias, ids, group, valid, check)
-        learned, leave_out_same = batch.scale, same_caption == "ignore"
-        if rho is None:
-            batch = batch.with_scale(batch.scale.detach())
+    check_number("gamma", gamma, 1e-9, 1, "choose how much of an average a visit replaces, above 0 and at most 1")
+    check_number("epsilon", epsilon, SMALLEST_FLOAT, 1, "choose a small number above 0, 1e-14 is usual")
+    if rho is not None:
+        check_number(
+            "rho", rho, -LARGEST_FLOAT, LARGEST_FLOAT, "choose a finite number, 6.5 to 11 in the paper, or None"
+        )
+    with torch.autocast(device_type(image), enabled=False):
+        also = partial(_check_averages, log_u, len(image))
+        whole = global_batch(image, text, scale, bias, ids, group, valid, check, same_caption, also=also)
+        leave_out_same = same_caption == "ignore"
+        batch = whole if rho is not None else whole.with_scale(whole.scale.detach())
         settings = (gamma, epsilon, rho)
         if tile is None:
             result = _plain(batch, leave_out_same, log_u.detach(), *settings)
@@ -75,8 +85,12 @@ def sogclr(
                 batch, lambda b: SogCLRKernel(b, leave_out_same, log_u, *settings), tile=tile, exchange=exchange
             )
             result = {"loss": loss, "accuracy": kernel.accuracy(), "log_u": kernel.log_u_n2.to(log_u.dtype)}
-        result["loss"] = result["loss"] + 0 * learned if bias is None else result["loss"] + 0 * (learned + bias)
-        return result
+        return result | {"loss": whole.keep_in_graph(result["loss"])}
+
+
+def _check_averages(log_u: Tensor, rows: int) -> None:
+    if log_u.shape != (rows, 2):
+        raise UserError(f"log_u {tuple(log_u.shape)}: pass two averages a pair, ({rows}, 2)")
 
 
 def _update(log_u_n2: Tensor, log_g_n2: Tensor, gamma: float) -> Tensor:
@@ -192,14 +206,9 @@ class SogCLR(Loss):
 
         samples: `(n,)` int64, the number of each pair in the data set.
         """
-        if samples is None:
-            raise UserError("sogclr keeps an average for each sample of the data set: pass their numbers as `samples`")
+        check_samples("sogclr", samples, len(image), len(self.log_u))
+        assert samples is not None
         samples = samples.to(self.log_u.device)
-        if samples.shape != image.shape[:1] or int(samples.min()) < 0 or int(samples.max()) >= len(self.log_u):
-            raise UserError(
-                f"samples {tuple(samples.shape)} from {int(samples.min())} to {int(samples.max())}: expected "
-                f"({image.shape[0]},) numbers below {len(self.log_u)}, the size of the data set"
-            )
         result = sogclr(
             image, text, scale, bias, ids, group, valid, log_u=self.log_u[samples].to(image.device), **self.options
         )

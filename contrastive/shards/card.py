@@ -118,7 +118,9 @@ def card_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     rows += [("shard left out", f"{shard}: {what}") for shard, what in card["damaged_shards"].items()]
     if card["ignored_members"]:
-        rows.append(("ignored", _counts({f".{kind}": count for kind, count in card["ignored_members"].items()})))
+        ignored = _counts({f".{kind}": count for kind, count in card["ignored_members"].items()})
+        dotted = any("." in kind for kind in card["ignored_members"])
+        rows.append(("ignored", ignored + (" (a key ends at the first dot of its name)" if dotted else "")))
     if card["looked_at"] < card["pairs"]:
         rows.append(("looked at", f"{card['looked_at']:,} pairs, evenly spread, of which all below tells"))
     rows += [

@@ -112,7 +112,8 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise Rejected("too many pixels") from None
     except Exception:  # PIL's plugins let many kinds of error through, and one bad file must not end a run
-        raise Rejected("not an image") from None
+        # what begins as one of our formats does was an image: its header is cut or damaged
+        raise Rejected("truncated or damaged" if image_extension(data) else "not an image") from None
     if image.width * image.height > MAX_PIXELS:
         raise Rejected("too many pixels")
     return image

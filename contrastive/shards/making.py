@@ -110,6 +110,10 @@ def make_shards(
     settings = job.identity(samples_per_shard)
     if not overwrite and (done := _finished(dest, settings)):
         return done
+    if not overwrite and (dest / MANIFEST).is_file():
+        raise UserError(
+            f"{dest}: holds finished shards of another source or other settings; give another folder, or --overwrite"
+        )
     check_free(dest, overwrite)
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

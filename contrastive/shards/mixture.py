@@ -39,6 +39,13 @@ class Mixture:
         for weight in weights:
             if weight < 1:
                 raise UserError(f"data.train: weight {weight}; give whole numbers of at least 1, or leave the set out")
+        for j, part in enumerate(parts):
+            for other in parts[:j]:
+                if part.fingerprint == other.fingerprint:
+                    raise UserError(
+                        f"data.train: {other.folder} and {part.folder} hold the same pairs, which would be "
+                        "each other's negatives; name them once, with the weight that you want"
+                    )
         divisor = math.gcd(*weights)
         self.parts, self.weights = list(parts), [weight // divisor for weight in weights]
         self.offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)

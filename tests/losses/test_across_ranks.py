@@ -1,5 +1,6 @@
 """A tiny two-tower model on 1, 2 and 4 gloo ranks against the same batch on one process."""
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from contrastive.errors import UserError
-from contrastive.losses import CyCLIP, InfoNCE, SogCLR, WeightedSum, distillation, infonce, siglip, tiled
+from contrastive.losses import CyCLIP, InfoNCE, SigLIP, SogCLR, WeightedSum, distillation, infonce, siglip, tiled
 from contrastive.training import cached_backward
 from tests.distributed.spawn import run_ranks
 from tests.losses.dense import margin_gap, of_rows, relative_error
@@ -345,6 +346,63 @@ def unequal(rank: int, world: int) -> str:
 
 def test_unequal_local_batches_are_refused_on_every_rank() -> None:
     assert all(message.startswith("local batches of [3, 4] rows") for message in run_ranks(2, unequal))
+
+
+def wrong_on_rank_1(rank: int, world: int) -> dict[str, str]:
+    """What each rank is told where rank 1 alone is given something else."""
+    eye, scale, bias = torch.eye(3, 5), torch.tensor(1.0), torch.tensor(-1.0)
+    ids, valid = torch.arange(3), torch.ones(3, dtype=torch.bool)
+    wrong = {
+        "norms": {"image": 2 * eye},
+        "ids of another type": {"ids": ids.float()},
+        "no ids": {"ids": None},
+        "no valid": {"valid": None},
+        "width": {"image": torch.eye(3, 4), "text": torch.eye(3, 4)},
+        "precision": {"image": eye.double()},
+        "no tensor": {"text": eye.numpy()},
+        "the loss's own": {"loss": SigLIP(), "bias": None},
+        "the teacher's": {"loss": partial(distillation, teacher_image=eye, teacher_text=2 * eye)},
+    }
+    teachers = partial(distillation, teacher_image=eye, teacher_text=eye)
+    losses = {"the loss's own": SigLIP(), "the teacher's": teachers}
+    told = {}
+    for name, change in wrong.items():
+        arguments: dict[str, Any] = {
+            "image": eye,
+            "text": eye,
+            "scale": scale,
+            "bias": bias,
+            "ids": ids,
+            "valid": valid,
+        }
+        arguments["loss"] = losses.get(name, InfoNCE())
+        arguments |= change if rank == 1 else {}
+        loss = arguments.pop("loss")
+        try:
+            loss(**arguments)
+            told[name] = "no error"
+        except UserError as error:
+            told[name] = str(error)
+    return told
+
+
+def test_what_one_rank_refuses_ends_all_ranks_alike_with_the_reason_where_it_is_known() -> None:
+    first, second = run_ranks(2, wrong_on_rank_1, timeout=30)
+    for name in ("norms", "ids of another type", "no tensor", "the loss's own", "the teacher's"):
+        assert first[name] == "rank 1 refuses its part of the batch and says why; [1] of 2 ranks do", name
+    assert second["norms"].startswith("image features: row 0 has norm 2")
+    assert second["ids of another type"].startswith("ids is torch.float32 (3,)")
+    assert second["no tensor"].startswith("text is a ndarray")
+    assert second["the loss's own"].startswith("siglip needs a bias")
+    assert second["the teacher's"].startswith("teacher_text features: row 0 has norm 2")
+    for told in (first, second):
+        assert told["no ids"].startswith("`ids` is given on ranks [0] of 2 alone")
+        assert told["no valid"].startswith("`valid` is given on ranks [0] of 2 alone")
+        assert (
+            told["width"]
+            == "features of 5 x float32, 4 x float32 on the ranks: they must be of one width and precision"
+        )
+        assert told["precision"].startswith("features of 5 x float32, 5 x float64 on the ranks")
 
 
 def single_pairs(rank: int, world: int) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from contrastive import losses
 from contrastive.errors import UserError
-from contrastive.losses import DCL, InfoNCE, Margin, SigLIP, infonce
+from contrastive.losses import DCL, Distillation, InfoNCE, Margin, SigLIP, SogCLR, infonce
 from tests.losses.dense import features, gradients, infonce_matrix, scalar, worst_error
 from tests.losses.every_loss import TILED, VARIANTS, extras
 
@@ -45,6 +45,10 @@ NAN = torch.eye(4, 5).index_fill(0, torch.tensor([3]), float("nan"))
         ({"ids": torch.arange(3)}, r"ids is torch.int64 \(3,\): a loss takes torch.int64 \(4,\)"),
         ({"ids": torch.zeros(4)}, r"ids is torch.float32 \(4,\): a loss takes torch.int64"),
         ({"valid": torch.ones(4, dtype=torch.int64)}, "valid is torch.int64.*a loss takes torch.bool"),
+        ({"image": torch.eye(4, 5).numpy()}, "image is a ndarray: a loss takes tensors; pass torch.as_tensor"),
+        ({"text": torch.eye(4, 5).numpy()}, "text is a ndarray: a loss takes tensors"),
+        ({"ids": [0, 1, 2, 3]}, r"ids is a list: a loss takes tensors; pass torch.as_tensor\(ids\)"),
+        ({"bias": torch.tensor(float("nan"))}, "bias nan: the logit bias must be finite; lower the learning rate"),
         ({"scale": torch.tensor(0.0)}, "scale 0.0: .*above 0.*1 / temperature, not its logarithm"),
         ({"scale": torch.tensor(-2.0)}, "scale -2.0: .*lower the learning rate or cap the scale"),
         ({"scale": torch.tensor(float("nan"))}, "scale nan: the logit scale must be finite"),
@@ -103,16 +107,22 @@ def test_tiling_that_does_not_exist_is_named_with_the_choices(name: str, change:
             (name, {"same_caption": "ignore", "ids": None}, "'ignore' needs the captions' ids: pass `ids`, or use 'neg")
             for name in ("infonce", "dcl", "siglip", "sogclr", "margin sum")
         ),
-        ("infonce", {"label_smoothing": 1.0}, "label_smoothing 1.0: choose a share from 0 up to, not including, 1"),
+        ("infonce", {"label_smoothing": 1.0}, "label_smoothing 1.0: choose a share from 0 to 0.999"),
         ("infonce", {"label_smoothing": -0.1}, "label_smoothing -0.1"),
         ("siglip", {"bias": None}, "siglip needs a bias: .*start it at -10"),
         ("margin sum", {"margin": -0.1}, "margin -0.1: choose a difference of similarities, from 0 to 2"),
         ("margin sum", {"margin": float("nan")}, "margin nan"),
+        ("margin sum", {"margin": 5}, "margin 5: choose a difference of similarities, from 0 to 2"),
+        ("margin sum", {"hardness": 0.5}, "hardness 0.5 does nothing for 'sum' negatives; choose 'hardest'"),
         ("margin sum", {"negatives": "all"}, "negatives 'all': choose one of sum, hardest, semi-hard"),
         ("margin sum", {"hardness": 1.5}, "hardness 1.5: choose a share from 0 to 1"),
         ("margin sum", {"adaptive": -0.5}, "adaptive -0.5: choose a share from 0 to 1"),
-        ("cyclip", {"in_modal": -1.0}, "in_modal -1.0: choose a weight of at least 0; the paper's is 0.25"),
+        ("cyclip", {"in_modal": -1.0}, "in_modal -1.0: choose a finite weight of at least 0; the paper's is 0.25"),
         ("cyclip", {"cross_modal": float("nan")}, "cross_modal nan"),
+        ("cyclip", {"cross_modal": float("inf")}, "cross_modal inf"),
+        ("distillation", {"teacher_scale": float("inf")}, "teacher_scale inf: choose the teacher's logit scale"),
+        ("sogclr", {"rho": float("nan")}, "rho nan: choose a finite number"),
+        ("sogclr", {"epsilon": float("inf")}, "epsilon inf: choose a small number above 0"),
         ("sogclr", {"gamma": 0.0}, "gamma 0.0: .*above 0 and at most 1"),
         ("sogclr", {"gamma": 1.1}, "gamma 1.1"),
         ("sogclr", {"epsilon": 0.0}, "epsilon 0.0: choose a small number above 0"),
@@ -128,6 +138,31 @@ def test_option_out_of_range_is_named_with_the_choices(name: str, change: dict, 
 def test_option_that_a_module_does_not_have_is_named_with_those_it_has(module: type) -> None:
     with pytest.raises(TypeError, match=f"{module.__name__} has no option 'temprature'; it has .*check"):
         module(temprature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (None, "pass their numbers as `samples`"),
+        ([0, 1, 2, 3], r"samples is list: .* takes torch.int64 \(4,\)"),
+        (torch.zeros(4), r"samples is torch.float32 \(4,\): .* takes torch.int64 \(4,\)"),
+        (torch.arange(3), r"samples is torch.int64 \(3,\): .* takes torch.int64 \(4,\)"),
+        (torch.arange(4) + 3, "samples from 3 to 6: .* numbers below 6, the size of the data set"),
+        (torch.arange(4) - 1, "samples from -1 to 2"),
+    ],
+    ids=["none", "list", "float", "short", "beyond", "negative"],
+)
+@pytest.mark.parametrize(
+    "loss", [SogCLR(samples=6), Distillation(torch.eye(6), torch.eye(6))], ids=["sogclr", "distillation"]
+)
+def test_numbers_of_samples_that_do_not_fit_are_named(loss: torch.nn.Module, samples: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        loss(torch.eye(4, 5), torch.eye(4, 5), torch.tensor(10.0), samples=samples)
+
+
+def test_weight_of_a_sum_that_is_not_finite_is_named() -> None:
+    with pytest.raises(UserError, match="weight nan of infonce: choose a finite number"):
+        losses.WeightedSum([("infonce", InfoNCE(), float("nan"))])
 
 
 # ---- the check of values, and how it is switched off

@@ -50,12 +50,6 @@ def test_module_looks_the_teacher_up_by_sample_number() -> None:
     assert not module.state_dict()  # the teacher is no part of a checkpoint
 
 
-def test_module_without_sample_numbers_is_refused() -> None:
-    module = Distillation(*(x.detach() for x in features(6, 10, 6)))
-    with pytest.raises(UserError, match="pass the pairs' numbers as `samples`"):
-        module(*features(5, 4, 8), scalar(SCALE))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from contrastive.errors import UserError
 from contrastive.losses import SogCLR, dcl, sogclr
 from tests.losses.dense import dcl_matrix, features, gradients, scalar, worst_error
 
@@ -149,17 +148,3 @@ def test_module_logs_no_averages() -> None:
     image, text = features(9, 5, 4)
     found = SogCLR(samples=5)(image, text, scalar(SCALE), samples=torch.arange(5))
     assert set(found) == {"loss", "accuracy"}
-
-
-@pytest.mark.parametrize(
-    ("samples", "message"),
-    [
-        (None, "pass their numbers as `samples`"),
-        (torch.tensor([0, 1, 5]), "from 0 to 5.*numbers below 5, the size of the data set"),
-        (torch.tensor([0, -1, 2]), "from -1 to 2.*numbers below 5"),
-        (torch.tensor([0, 1]), r"samples \(2,\).*expected \(3,\)"),
-    ],
-)
-def test_sample_numbers_that_do_not_fit_are_named(samples: Tensor | None, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        SogCLR(samples=5)(*features(9, 3, 4), scalar(SCALE), samples=samples)

@@ -101,11 +101,30 @@ def test_check_prints_the_card_and_writes_the_page(
 ) -> None:
     index = shards(records(5))
     assert main(["check", str(tmp_path / "shards"), "--html", str(tmp_path / "page.html"), "--full"]) == 0
-    shown = capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.err == "all bytes of 2 shards are those that were indexed (sha256)\n"
+    shown = said.out
     assert index.fingerprint in shown and "5 in 2 shards" in shown
     page = (tmp_path / "page.html").read_text()
     assert page.count("<img ") >= 5
     assert f"<dd>{index.fingerprint}</dd>" in page
+
+
+def test_a_page_for_a_folder_that_is_not_there_is_one_line_and_makes_none(
+    tmp_path: Path, shards: Shards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards(records(5))
+    assert main(["check", str(tmp_path / "shards"), "--html", str(tmp_path / "no" / "page.html")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_check_says_why_members_with_a_dot_in_their_name_are_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "x.tar", [*pairs(3), ("a.b.jpg", b"x")])
+    assert main(["check", str(tmp_path)]) == 0
+    assert "1 .b.jpg (a key ends at the first dot of its name)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_shard_that_changes_while_it_is_looked_at_is_one_line_and_exit_code_2(

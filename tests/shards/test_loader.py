@@ -123,7 +123,7 @@ def test_a_bad_sample_is_counted_and_stays_in_its_place(shards: Shards) -> None:
     assert sorted(one.key for one in batch.rejected) == sorted(bad)
     assert {(one.key, one.reason, one.epoch, Path(one.shard).name) for one in batch.rejected} == {
         ("sample-003", "truncated or damaged", 0, "00000.tar"),
-        ("sample-006", "not an image", 0, "00001.tar"),
+        ("sample-006", "truncated or damaged", 0, "00001.tar"),
     }
     assert batch.pixels[~batch.valid].max() == 0
     assert batch.tokens[~batch.valid].tolist() == lengths(["", ""]).tolist()

@@ -154,7 +154,7 @@ def test_the_same_command_again_does_nothing(tmp_path: Path) -> None:
 def test_a_finished_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     source = table(tmp_path)
     make_shards(source, tmp_path / "out")
-    with pytest.raises(UserError, match="not empty; give another, or --overwrite"):
+    with pytest.raises(UserError, match="finished shards of another source or other settings; give another folder"):
         make_shards(source, tmp_path / "out", filters=Filters(min_size=2))
 
 

@@ -1,6 +1,8 @@
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,16 +30,17 @@ class FakeIndex:
         self.shard_starts = np.cumsum([0, *shards])
         self.ids = np.arange(self.shard_starts[-1])
         self.rejected: dict[str, int] = {}
-        self.fingerprint = fingerprint
+        self.fingerprint, self.folder = fingerprint, fingerprint
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def a_set(shards: list[int], fingerprint: str = "f") -> ShardIndex:
-    return cast(ShardIndex, FakeIndex(shards, fingerprint))
+def a_set(shards: list[int], fingerprint: str = "") -> ShardIndex:
+    return cast(ShardIndex, FakeIndex(shards, fingerprint or f"set {next(_count)}"))
 
 
+_count = itertools.count()
 layouts = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 mixtures = st.lists(st.tuples(layouts, st.integers(1, 6)), min_size=1, max_size=4)
 
@@ -119,6 +122,11 @@ def test_a_weight_below_one_is_refused() -> None:
         Mixture([a_set([3]), a_set([3])], [1, 0])
 
 
+def test_one_set_named_twice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.train: .* hold the same pairs.*name them once, with the weight"):
+        Mixture([a_set([3], "a"), a_set([4], "b"), a_set([3], "a")], [1, 1, 2])
+
+
 @pytest.mark.parametrize("cache", [False, True])
 def test_batches_of_two_sets_hold_what_the_sets_hold(shards: Shards, cache: bool) -> None:
     first, second = shards(records(6), "a"), shards(records(9)[6:], "b")
@@ -156,10 +164,16 @@ def train_on_two_sets(rank: int, world: int, corpus: Path, run_dir: Path, kind: 
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
+def write_more(corpus: Path) -> None:
+    """Another set of forty pairs beside the first: one set named twice is refused."""
+    pairs = (replace(pair, key=f"more-{pair.key}") for pair in open_source(corpus / "images"))
+    write_shards(pairs, corpus / "more")
+
+
 @pytest.mark.parametrize("kind", ["infonce", "sogclr"])
 def test_a_run_on_two_sets_is_the_same_on_one_process_and_two(tmp_path: Path, kind: str) -> None:
     write_corpus(tmp_path / "c")
-    write_shards(open_source(tmp_path / "c" / "images"), tmp_path / "c" / "more")
+    write_more(tmp_path / "c")
     for resume in (False, True):
         one = run_ranks(1, train_on_two_sets, tmp_path / "c", tmp_path / "1", kind, resume, timeout=90)[0]
         two = run_ranks(2, train_on_two_sets, tmp_path / "c", tmp_path / "2", kind, resume, timeout=90)[0]
@@ -169,7 +183,7 @@ def test_a_run_on_two_sets_is_the_same_on_one_process_and_two(tmp_path: Path, ki
 
 def test_a_batch_larger_than_its_share_of_a_set_is_refused(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c")
-    write_shards(open_source(tmp_path / "c" / "images"), tmp_path / "c" / "more")
+    write_more(tmp_path / "c")
     sets = f"data.train={{{tmp_path}/c/shards: 1, {tmp_path}/c/more: 3}}"
     config = tiny_config(tmp_path / "c", tmp_path / "run", sets, "train.global_batch=64")
     with pytest.raises(

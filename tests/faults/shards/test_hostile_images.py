@@ -48,7 +48,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "just above the limit": (lambda: huge_png(5_008), "too many pixels"),
     "a JPEG of 26 megapixels": (lambda: saved(Image.new("L", (6500, 4000)), "JPEG"), "too many pixels"),
     "a JPEG cut short": (lambda: saved(noise(), "JPEG")[:900], "truncated or damaged"),
-    "a JPEG of nothing but its mark": (lambda: b"\xff\xd8\xff\xe0", "not an image"),
+    "a JPEG of nothing but its mark": (lambda: b"\xff\xd8\xff\xe0", "truncated or damaged"),
     "a PNG cut short": (lambda: saved(noise(), "PNG")[:2000], "truncated or damaged"),
     "a WebP cut short": (lambda: saved(noise(), "WEBP")[:500], "truncated or damaged"),
     "an animated GIF": (lambda: saved(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "animated"),
