@@ -34,6 +34,7 @@ from contrastive.config import (
     TrainedTokenizerConfig,
     terms_of,
 )
+from contrastive.config.spans import SECONDS, period_parts
 from contrastive.errors import UserError
 from contrastive.losses import (
     DCL,
@@ -58,7 +59,7 @@ from contrastive.models import (
     open_clip_model,
 )
 from contrastive.shards import Augment, FeatureLoader, Mixture, PairLoader, TokenCache, open_index
-from contrastive.training import Duration, Schedule, Skips, Trainer, adamw, check_share
+from contrastive.training import Duration, Every, Schedule, Skips, Trainer, adamw, check_share
 
 
 class FrozenFeatures(NamedTuple):
@@ -285,6 +286,18 @@ def share_or_steps(value: int | str | None) -> int | float | None:
     return float(value[:-1]) / 100 if isinstance(value, str) else value
 
 
+def build_every(value: int | str | None, epoch: int, batch: int) -> Every | None:
+    """``500``, ``"5%"``, ``"10m"``, ``"2 epochs"``, ``"50000 samples"``; an epoch is `epoch` pairs."""
+    if value is None or isinstance(value, int):
+        return None if value is None else Every(steps=value)
+    if value.endswith("%"):
+        return Every(share=float(value[:-1]) / 100)
+    number, unit = period_parts(value)
+    if unit in SECONDS:
+        return Every(seconds=number * SECONDS[unit])
+    return Every(steps=max(1, round(number * (epoch if unit == "epoch" else 1) / batch)))
+
+
 def build_schedule(config: Config) -> Schedule:
     """Warm-up and shape of the learning rate."""
     warmup = share_or_steps(config.optim.warmup)
@@ -374,10 +387,14 @@ def build_trainer(
         },
         clip=config.optim.clip,
         chunk=config.train.chunk,
-        checkpoint_every=config.checkpoint.every,
+        checkpoint_every=build_every(config.checkpoint.every, data.epoch_size, batch),
         keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        keep_best=config.checkpoint.keep_best,
+        max_skipped=config.optim.max_skipped,
+        step_timeout=config.train.step_timeout,
         validate=validate,
-        validate_every=share_or_steps(config.eval.every),
+        validate_every=build_every(config.eval.every, data.epoch_size, batch),
         log_every=config.track.log_every,
         quiet=quiet,
     )

@@ -10,8 +10,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,24 +53,29 @@ from contrastive.training import (
     check_chunkable,
     check_identity,
     environment,
+    exit_on_signal,
     list_checkpoints,
+    newest_whole,
     read_metrics,
 )
 
 # What a run writes; `--overwrite` deletes these and nothing else.
 WRITTEN = (
     "checkpoints", "model", "tensorboard", "config.yaml", "environment.json",
-    "metrics.jsonl", "rejected.jsonl", "results.json", "report.html", "tokenizer.json",
+    "stacks", "metrics.jsonl", "rejected.jsonl", "results.json", "report.html", "tokenizer.json",
 )  # fmt: skip
 
 
+Resume = bool | Literal["if possible"]
+
+STOPPED = 75  # exit code, sysexits.h EX_TEMPFAIL: stopped by a signal with a checkpoint; run again with --resume
 TASK_NAMES = {"zeroshot": "zero-shot", "probe": "probes"}  # as the seconds of each part are headed
 
 
 def pretrain(
     config: Config,
     *,
-    resume: bool = False,
+    resume: Resume = False,
     overwrite: bool = False,
     stop_after: int | None = None,
     quiet: bool = False,
@@ -77,7 +83,7 @@ def pretrain(
     """Train as `config` says, then evaluate and write the report.
 
     Args:
-        resume: go on from the newest checkpoint of the run folder.
+        resume: go on from the newest whole checkpoint of the run folder; "if possible": or start, where there is none.
         overwrite: delete an earlier run in the same folder.
         stop_after: stop behind this step, with a checkpoint, as if the run had been interrupted.
         quiet: no progress.
@@ -92,7 +98,8 @@ def pretrain(
     run_dir = Path(config.run.dir)
     accelerator = build_accelerator(config)
     # Everything that can be wrong is looked at before the first thing is written or deleted.
-    checkpoint = find_start(run_dir, resume=resume, overwrite=overwrite)
+    check_same_recipe(config, accelerator)
+    checkpoint = find_start(run_dir, accelerator, resume=resume, overwrite=overwrite)
     check_shards(config)
     check_labelled_sets(config)
     check_losses(config)
@@ -107,7 +114,7 @@ def pretrain(
     prints = set(gather_object([data.fingerprint]))
     if len(prints) > 1:
         raise UserError("data.train: the shards changed while the processes opened them; start again")
-    trained_tokenizer = settle_tokenizer(config, data, accelerator, run_dir if resume else None)
+    trained_tokenizer = settle_tokenizer(config, data, accelerator, run_dir if checkpoint else None)
     model = build_model(config, trained_tokenizer)
     # From here on each process draws its own: dropout masks must differ between the shares of a batch.
     torch.manual_seed(config.run.seed + 1_000_003 * accelerator.process_index)
@@ -148,7 +155,8 @@ def pretrain(
             if not quiet:
                 print(f"stopped at step {trainer.step}; `--resume` goes on from {run_dir / 'checkpoints'}")
             return None
-        return evaluate(config, load(run_dir, device=accelerator.device), validation_index, trainer, quiet)
+        with exit_on_signal(STOPPED):  # nothing is lost: a resumed run comes straight here
+            return evaluate(config, load(run_dir, device=accelerator.device), validation_index, trainer, quiet)
     finally:
         accelerator.end_training()
 
@@ -168,12 +176,44 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
             accelerator.wait_for_everyone()
 
 
-def find_start(run_dir: Path, *, resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from, None for a new run; nothing is written or deleted."""
-    checkpoints = list_checkpoints(run_dir / "checkpoints")
-    started = (run_dir / "metrics.jsonl").exists() or bool(checkpoints)
-    if resume and checkpoints:
-        return checkpoints[-1]
+def check_same_recipe(config: Config, accelerator: Accelerator) -> None:
+    """Refuse processes of one run that were started with different recipes, seeds among them."""
+    recipes = gather_object([dump_yaml(config).splitlines()])
+    for rank, lines in enumerate(recipes):
+        if lines != recipes[0]:
+            first, other = next(
+                ((a, b) for a, b in zip_longest(recipes[0], lines, fillvalue="nothing") if a != b), ("", "")
+            )
+            raise UserError(
+                f"the processes were started with different recipes: '{first.strip()}' on process 0, "
+                f"'{other.strip()}' on process {rank}; give all of them the same recipe and overrides"
+            )
+
+
+def find_start(run_dir: Path, accelerator: Accelerator, *, resume: Resume, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from, None for a new run; nothing is written or deleted.
+
+    The main process looks for the newest one that is whole, and the others do as it does.
+    """
+    found: list[tuple[str | None, list[str], bool, bool]] = []
+    if accelerator.is_main_process:
+        folder = run_dir / "checkpoints"
+        newest, damaged = newest_whole(folder) if resume else (None, {})
+        faults = [f"{folder / name}: {fault}" for name, fault in damaged.items()]
+        started = (run_dir / "metrics.jsonl").exists() or bool(list_checkpoints(folder))
+        found = [(None if newest is None else str(newest), faults, started, bool(list_checkpoints(folder)))]
+    (whole, faults, started, saved) = gather_object(found)[0]
+    if whole is not None:
+        for fault in faults:
+            accelerator.print(f"warning: damaged checkpoint {fault}; going on from the one before, {whole}", flush=True)
+        return Path(whole)
+    if resume and faults:
+        raise UserError(
+            f"--resume: every checkpoint in {run_dir} is damaged ({'; '.join(faults)}); bring one back, or start again "
+            "with --overwrite"
+        )
+    if resume == "if possible" and not saved:
+        return None
     if resume:
         way = "start again with --overwrite" if started else "leave the option out to start"
         raise UserError(f"--resume: {run_dir} has no checkpoint to go on from; {way}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from typing import Literal
 
 NAME = "train"
-STOPPED = 75  # sysexits.h EX_TEMPFAIL: stopped by a signal with a checkpoint; run again with --resume
 HELP = "pretrain a model from a recipe; also under accelerate launch and torchrun"
 
 
@@ -14,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as pretrain/pictograms")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
+    parser.add_argument(
+        "--auto-resume", action="store_true", help="go on where there is a checkpoint, else start: for schedulers"
+    )
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier run in the same folder")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--allow-pipe", action="store_true", help="run the commands of pipe: shards; no recipe can")
@@ -24,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from contrastive.config import dump_yaml, load_config
     from contrastive.errors import UserError
 
-    if args.resume and args.overwrite:
+    if (args.resume or args.auto_resume) and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if "" not in sys.path:  # a loss of the user's own lies where the user is, also for an installed command
         sys.path.insert(0, "")
@@ -41,7 +45,12 @@ def run(args: argparse.Namespace) -> int:
 
         print(dry_run(config))
         return 0
-    from contrastive.pretrain import pretrain
+    from contrastive.pretrain import STOPPED, pretrain
 
-    results = pretrain(config, resume=args.resume, overwrite=args.overwrite)
+    resume: bool | Literal["if possible"] = args.resume
+    # torchrun's --max-restarts and SLURM's requeue start the same command again
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if args.auto_resume or again:
+        resume = "if possible"
+    results = pretrain(config, resume=resume, overwrite=args.overwrite and not again)
     return STOPPED if results is None else 0

@@ -122,7 +122,10 @@ def _cached_features(config: Config) -> Iterator[Problem]:
 
 
 def _evaluation(config: Config) -> Iterator[Problem]:
-    every = config.eval.every
+    every, best = config.eval.every, config.checkpoint.keep_best
+    if best is not None and every is None:
+        line = f"checkpoint.keep_best: {best} is told by validations during the run; set eval.every, or keep_best null"
+        yield ("checkpoint.keep_best", "eval.every"), line
     if every is not None and config.data.validation is None:
         line = f"eval.every: {every} needs data.validation, which is null; set that, or eval.every to null"
         yield ("eval.every", "data.validation"), line

@@ -42,7 +42,7 @@ class InfoNCEConfig(TiledLossConfig):
     same_caption: Literal["negative", "ignore", "positive"] = Field(
         "ignore", description="what equal captions count as"
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, le=0.999)
 
 
 class DCLConfig(TiledLossConfig):

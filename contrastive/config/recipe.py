@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, Tag, model_validator
@@ -11,26 +10,7 @@ from pydantic_core import PydanticCustomError
 from contrastive.config.block import Block, Positive, Share, kind_of
 from contrastive.config.combinations import impossible_combinations
 from contrastive.config.losses import InfoNCEConfig, LossConfig
-
-
-def _span(low: int) -> Callable[[Any], int | str]:
-    """A number of steps of at least `low`, or a share of the run such as "5%"."""
-    text = "expected a number of steps or a share of the run such as 5%"
-    text = f"{text}, {'at least 0' if low == 0 else 'above 0'} and at most 100%"
-
-    def check(value: Any) -> int | str:
-        if isinstance(value, int) and not isinstance(value, bool) and value >= low:
-            return value
-        if isinstance(value, str) and value.endswith("%"):
-            try:
-                share = float(value[:-1])
-            except ValueError:
-                share = -1.0
-            if (share > 0 or (low == 0 and share == 0)) and share <= 100:
-                return value
-        raise PydanticCustomError("span", "{text}", {"text": text})
-
-    return check
+from contrastive.config.spans import period, warmup_span
 
 
 def _sets(value: Any) -> str | dict[str, int]:
@@ -226,9 +206,12 @@ class OptimConfig(Block):
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
     ] = (0.9, 0.98)
     eps: Positive = 1e-8
-    warmup: Annotated[int | str, PlainValidator(_span(0))] = Field("5%", description="steps, or a share of the run")
+    warmup: Annotated[int | str, PlainValidator(warmup_span)] = Field("5%", description="steps, or a share of the run")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
     clip: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
+    max_skipped: int = Field(
+        20, ge=1, description="steps in a row whose gradient is not finite, and which change nothing, that stop the run"
+    )
 
 
 class TrainConfig(Block):
@@ -254,13 +237,25 @@ class TrainConfig(Block):
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
     channels_last: bool = Field(True, description="memory layout of the image tower")
     threads: int | None = Field(None, ge=1, description="torch threads per process; null: torch's choice")
+    step_timeout: Positive | None = Field(
+        1800,
+        description="seconds after which a process whose step does not end writes its stacks and ends; null: never",
+    )
 
 
 class CheckpointConfig(Block):
     """Saves to resume from."""
 
-    every: int | None = Field(500, ge=1, description="steps; null: only at the end")
+    every: Annotated[int | str, PlainValidator(period)] | None = Field(
+        500, description="steps, or 10m, 1 epoch, 50000 samples, 5% of the run; null: only at the end"
+    )
     keep: int = Field(2, ge=1, description="the newest ones that are kept")
+    keep_every: int | None = Field(None, ge=1, description="those of every so many steps are kept too")
+    keep_best: str | None = Field(
+        None,
+        min_length=1,
+        description="a number of the validation, such as top1: the best one's checkpoint is kept too",
+    )
 
 
 class LabelledSetConfig(Block):
@@ -280,8 +275,8 @@ class LabelledSetConfig(Block):
 class EvalConfig(Block):
     """Evaluation during the run and at its end."""
 
-    every: Annotated[int | str, PlainValidator(_span(1))] | None = Field(
-        None, description="steps, or a share of the run; null: only at the end"
+    every: Annotated[int | str, PlainValidator(period)] | None = Field(
+        None, description="steps, or 10m, 1 epoch, 50000 samples, 5% of the run; null: only at the end"
     )
     labelled: Annotated[tuple[LabelledSetConfig, ...], Field(strict=False)] = ()
     report: bool = Field(True, description="write report.html at the end")

@@ -27,7 +27,7 @@ tile
     "auto" goes over the B x B logits in tiles and stores all of them only where that takes at most 256 MiB; beyond
     it computes all but 112 MiB of them again. A number is the side of a tile, of which one is held. None is the plain
     formula on `(n, B)` matrices with torch's own gradient, which the tiled way equals to rounding, and which has
-    second derivatives.
+    second derivatives on one process.
 exchange
     How ranks see each other's captions when tiled: "gather" all at once, or "ring", one block at a time; "auto"
     gathers up to 1 GiB.

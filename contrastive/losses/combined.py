@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from contrastive.errors import UserError
+from contrastive.losses.contract import LARGEST_FLOAT, check_number
 
 
 class WeightedSum(nn.Module):
@@ -28,8 +28,9 @@ class WeightedSum(nn.Module):
         if not terms or len(set(names)) != len(names):
             raise UserError(f"a sum of losses named {names}: give at least one, and each a name of its own")
         for name, _, weight in terms:
-            if not math.isfinite(weight):
-                raise UserError(f"weight {weight} of {name}: choose a finite number")
+            if "." in name or not name:
+                raise UserError(f"a loss named {name!r}: names head what is logged; choose one without a dot")
+            check_number(f"weight of {name}", weight, -LARGEST_FLOAT, LARGEST_FLOAT, "choose a finite number")
         self.losses = nn.ModuleDict({name: loss for name, loss, _ in terms})
         self.weights = {name: weight for name, _, weight in terms}
         self.needs = tuple(sorted({need for _, loss, _ in terms for need in needs_of(loss)}))
@@ -95,6 +96,8 @@ class CustomLoss(nn.Module):
                 raise UserError(f"loss.args: {path} refuses {self.arguments}: {error}") from error
             if any(parameter.requires_grad for parameter in getattr(found, "parameters", tuple)()):
                 raise UserError(f"loss.path: {path} has parameters, which no optimizer trains; keep them in the model")
+        if not callable(found):
+            raise UserError(f"loss.path: {path} makes a {type(found).__name__}, which cannot be called")
         self.loss: Callable[..., Any] = found  # a module registers itself here, so that its state is saved
         self.needs = needs_of(found)
 
@@ -106,6 +109,9 @@ class CustomLoss(nn.Module):
             raise UserError(
                 f"loss.path: {self.path} must return a dict with a 0-d tensor 'loss'; it returned {result!r:.80}"
             )
+        learning = torch.is_grad_enabled() and any(torch.is_tensor(x) and x.requires_grad for x in arguments)
+        if learning and not loss.requires_grad:
+            raise UserError(f"loss.path: the 'loss' of {self.path} has no gradient; do not detach it")
         return result
 
 
@@ -114,13 +120,15 @@ def _import(path: str) -> Any:
     if not (module and colon and name):
         raise UserError(f"loss.path: {path!r} is no import path such as my_package.losses:MyLoss")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, SyntaxError) as error:
+        imported = importlib.import_module(module)
+    except Exception as error:  # a module of the user's own may fail in any way
         raise UserError(
-            f"loss.path: {module} cannot be imported here ({error}); start in the folder of {module}.py, or install it"
-        ) from None
-    except AttributeError:
-        raise UserError(f"loss.path: {module} has no {name}") from None
+            f"loss.path: {module} cannot be imported here ({type(error).__name__}: {error}); start in the folder of "
+            f"{module}.py, or install it"
+        ) from error
+    found = getattr(imported, name, None)
+    if found is None:
+        raise UserError(f"loss.path: {module} has no {name}")
     if not callable(found):
         raise UserError(f"loss.path: {path} is {type(found).__name__}, neither a function nor a class")
     return found

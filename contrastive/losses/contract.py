@@ -35,10 +35,14 @@ def check_arguments(
     for name, value in (("image", image), ("text", text), ("ids", ids), ("valid", valid)):
         if not (isinstance(value, Tensor) or (value is None and name in ("ids", "valid"))):
             raise UserError(f"{name} is a {type(value).__name__}: a loss takes tensors; pass torch.as_tensor({name})")
-    if image.ndim != 2 or text.ndim != 2 or image.shape[0] != text.shape[0] or image.shape[0] == 0:
+    if image.ndim != 2 or text.ndim != 2 or image.shape[0] == 0:
         raise UserError(
-            f"image {tuple(image.shape)} and text {tuple(text.shape)}: a loss takes features of one shape, "
-            "(n, dim) with n > 0; give as many captions as images"
+            f"image {tuple(image.shape)} and text {tuple(text.shape)}: a loss takes features of shape (n, dim), n > 0: "
+            "a row for each pair"
+        )
+    if image.shape[0] != text.shape[0]:
+        raise UserError(
+            f"image {tuple(image.shape)} and text {tuple(text.shape)}: give as many captions as images, (n, dim) both"
         )
     if image.shape[1] != text.shape[1]:
         raise UserError(
@@ -48,9 +52,9 @@ def check_arguments(
     if not (image.is_floating_point() and text.is_floating_point()):
         raise UserError(f"image {image.dtype} and text {text.dtype}: a loss takes floating-point features")
     for name, value in (("scale", scale), ("bias", bias)):
-        if value is not None and not (isinstance(value, Tensor) and value.numel() == 1):
+        if (value is not None or name == "scale") and not (isinstance(value, Tensor) and value.numel() == 1):
             shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
-            raise UserError(f"{name} {shown}: a loss takes a 0-d tensor")
+            raise UserError(f"{name} {shown}: a loss takes a 0-d tensor, such as torch.tensor(10.0)")
     for name, value, dtype in (("ids", ids, torch.int64), ("valid", valid, torch.bool)):
         if value is not None and (value.shape != image.shape[:1] or value.dtype != dtype):
             raise UserError(f"{name} is {value.dtype} {tuple(value.shape)}: a loss takes {dtype} ({image.shape[0]},)")

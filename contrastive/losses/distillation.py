@@ -20,7 +20,7 @@ from contrastive.losses.contract import (
     device_type,
     looks_at_values,
 )
-from contrastive.losses.gather import GlobalBatch, global_batch
+from contrastive.losses.gather import GlobalBatch, global_batch, refusing_alike
 from contrastive.losses.softmax import Exponentials, SoftmaxKernel
 from contrastive.losses.tiled import Tile, tiled_loss
 
@@ -60,6 +60,9 @@ def distillation(
 
     def check_teacher() -> None:
         for name, features in (("teacher_image", teacher_image), ("teacher_text", teacher_text)):
+            if not isinstance(features, Tensor) or not features.is_floating_point():
+                kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
+                raise UserError(f"{name} is {kind}: the teacher's features are a floating-point tensor")
             if features.ndim != 2 or len(features) != len(image) or features.shape[1] != teacher_image.shape[1]:
                 raise UserError(
                     f"{name} {tuple(features.shape)}: the teacher's features of the same {len(image)} pairs, of one "
@@ -164,6 +167,10 @@ class Distillation(Loss):
 
     def __init__(self, teacher_image: Tensor, teacher_text: Tensor, **options: Any) -> None:
         super().__init__(**options)
+        if len(teacher_image) != len(teacher_text):
+            raise UserError(
+                f"teacher_image has {len(teacher_image)} rows and teacher_text {len(teacher_text)}: one for each sample"
+            )
         self.teacher_image, self.teacher_text = teacher_image, teacher_text
 
     def forward(
@@ -182,7 +189,8 @@ class Distillation(Loss):
 
         samples: `(n,)` int64, the number of each pair in the data set.
         """
-        check_samples("distillation", samples, len(image), len(self.teacher_image))
+        with refusing_alike(image, text, scale, ids, valid, group, self.options.get("check")):
+            check_samples("distillation", samples, len(image), len(self.teacher_image))
         assert samples is not None
         where = samples.to(self.teacher_image.device)
         return distillation(

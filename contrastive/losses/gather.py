@@ -3,14 +3,14 @@
 Legend: n rows of this rank, W ranks, B = W * n rows in all, D feature width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from contrastive.errors import UserError
 from contrastive.losses.contract import check_arguments, check_batch_size, check_ids, looks_at_values
@@ -29,9 +29,17 @@ class _GatherRows(torch.autograd.Function):
         return all_gather(rows_nD, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor, None]:
+        refuse_second_derivative()
         return reduce_scatter(grad_BD, ctx.group), None
+
+
+def refuse_second_derivative() -> None:
+    """Raise UserError in the backward of a function that exchanges with other ranks, if it is to be differentiated."""
+    if torch.is_grad_enabled():  # only create_graph=True asks for that
+        raise UserError(
+            "a loss over several processes has no second derivative; compute it on one process, with tile=None"
+        )
 
 
 def all_gather(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -183,7 +191,7 @@ def global_batch(
     wait for it in a collective until the time-out: they compare notes on a CPU, and elsewhere with `check=True`, since
     that makes the host wait for the device.
     """
-    world = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    world = _world(group)
     refusal = None
     try:
         check_arguments(image, text, scale, bias, ids, valid, check)
@@ -193,8 +201,8 @@ def global_batch(
             also()
     except UserError as error:
         refusal = error
-    if world > 1 and (image.device.type == "cpu" or looks_at_values(check, image.device)):
-        _agree(refusal, image, text, ids, valid, group)
+    if world > 1 and _compares_notes(check, image):
+        _agree(refusal, image, text, scale, ids, valid, group)
     if refusal is not None:
         raise refusal
 
@@ -216,10 +224,38 @@ def global_batch(
     return GlobalBatch(image, text, scale, bias, ids, ids_all, valid, valid_all, group, world, rank)
 
 
+@contextmanager
+def refusing_alike(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    valid: Tensor | None,
+    group: dist.ProcessGroup | None,
+    check: bool | None = None,
+) -> Iterator[None]:
+    """For checks ahead of the call of a loss: what this rank refuses in here, the others refuse in that call."""
+    try:
+        yield
+    except UserError as refusal:
+        if _world(group) > 1 and _compares_notes(check, image):
+            _agree(refusal, image, text, scale, ids, valid, group)
+        raise
+
+
+def _world(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def _compares_notes(check: bool | None, image: Tensor) -> bool:
+    return image.device.type == "cpu" or looks_at_values(check, image.device)
+
+
 def _agree(
     refusal: UserError | None,
     image: Tensor,
     text: Tensor,
+    scale: Tensor,
     ids: Tensor | None,
     valid: Tensor | None,
     group: dist.ProcessGroup | None,
@@ -227,19 +263,25 @@ def _agree(
     """Raise UserError on every rank alike where one refuses its arguments, or where they do not fit together."""
     rows, width = image.shape if image.ndim == 2 else (0, 0)
     double = torch.float64 in (image.dtype, getattr(text, "dtype", None))
-    mine = torch.tensor([rows, width, double, ids is not None, valid is not None, refusal is not None])
-    notes = all_gather(mine[None].to(image.device), group).tolist()
-    sizes, widths, doubles, with_ids, with_valid, refused = (list(column) for column in zip(*notes, strict=True))
+    size = float(scale.detach()) if isinstance(scale, Tensor) and scale.numel() == 1 else 0.0
+    own = [rows, width, double, ids is not None, valid is not None, refusal is not None, size]
+    notes = all_gather(torch.tensor([own], dtype=torch.float64, device=image.device), group)
+    sizes, widths, doubles, with_ids, with_valid, refused = notes[:, :-1].long().T.tolist()
+    scales = notes[:, -1].tolist()
     if any(refused):
         if refusal is not None:
             raise refusal
         ranks = [rank for rank, said_no in enumerate(refused) if said_no]
-        raise UserError(f"rank {ranks[0]} refuses its part of the batch and says why; {ranks} of {len(notes)} ranks do")
+        raise UserError(
+            f"ranks {ranks} of {len(notes)} refused their part of the batch; see the error of rank {ranks[0]}"
+        )
     if len(set(sizes)) > 1:
         raise UserError(f"local batches of {sizes} rows: pad them to one size and use `valid`")
     if len(set(widths)) > 1 or len(set(doubles)) > 1:
         kinds = [f"{width} x {'float64' if d else 'float32'}" for width, d in zip(widths, doubles, strict=True)]
         raise UserError(f"features of {', '.join(kinds)} on the ranks: they must be of one width and precision")
+    if len(set(scales)) > 1:
+        raise UserError(f"scales of {scales} on the ranks: the logit scale must be the same on all")
     for name, given in (("ids", with_ids), ("valid", with_valid)):
         if len(set(given)) > 1:
             ranks = [rank for rank, has in enumerate(given) if has]

@@ -22,7 +22,7 @@ from contrastive.losses.contract import (
     device_type,
 )
 from contrastive.losses.dcl import CHOICES, log_sums_of_negatives
-from contrastive.losses.gather import GlobalBatch, all_gather, global_batch
+from contrastive.losses.gather import GlobalBatch, all_gather, global_batch, refusing_alike
 from contrastive.losses.softmax import SoftmaxKernel
 from contrastive.losses.tiled import tiled_loss
 
@@ -89,8 +89,9 @@ def sogclr(
 
 
 def _check_averages(log_u: Tensor, rows: int) -> None:
-    if log_u.shape != (rows, 2):
-        raise UserError(f"log_u {tuple(log_u.shape)}: pass two averages a pair, ({rows}, 2)")
+    if not isinstance(log_u, Tensor) or log_u.shape != (rows, 2):
+        shown = tuple(log_u.shape) if isinstance(log_u, Tensor) else type(log_u).__name__
+        raise UserError(f"log_u {shown}: pass two averages a pair, ({rows}, 2)")
 
 
 def _update(log_u_n2: Tensor, log_g_n2: Tensor, gamma: float) -> Tensor:
@@ -188,6 +189,8 @@ class SogCLR(Loss):
 
     def __init__(self, samples: int, **options: object) -> None:
         super().__init__(**options)
+        if samples < 1:
+            raise UserError(f"samples {samples}: give the size of the data set, at least 1")
         self.register_buffer("log_u", torch.full((samples, 2), -torch.inf))
 
     def forward(
@@ -206,7 +209,8 @@ class SogCLR(Loss):
 
         samples: `(n,)` int64, the number of each pair in the data set.
         """
-        check_samples("sogclr", samples, len(image), len(self.log_u))
+        with refusing_alike(image, text, scale, ids, valid, group, self.options.get("check")):
+            check_samples("sogclr", samples, len(image), len(self.log_u))
         assert samples is not None
         samples = samples.to(self.log_u.device)
         result = sogclr(
@@ -221,6 +225,8 @@ class SogCLR(Loss):
     def _keep(self, samples: Tensor, log_u_n2: Tensor, valid: Tensor | None, group: dist.ProcessGroup | None) -> None:
         """Write the new averages of all ranks' rows, so that every rank holds all of them."""
         written = torch.ones_like(samples, dtype=torch.bool) if valid is None else valid.to(samples.device)
+        # a step whose features are no numbers changes nothing, here neither
+        written = written & ~log_u_n2.isnan().any(dim=1).to(samples.device)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
             samples = all_gather(torch.where(written, samples, -1), group)
             log_u_n2, written = all_gather(log_u_n2, group), samples >= 0

@@ -215,8 +215,9 @@ class _Swept(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # only create_graph=True asks for that
             raise UserError("a tiled loss has no second derivative; pass tile=None for the plain loss, which has one")
-        if upstream.device.type == "cpu" and float(upstream) == 1:  # as from loss.backward(): spare the copies
-            return None, None, *ctx.saved_tensors
+        if upstream.device.type == "cpu" and float(upstream) == 1:  # as from loss.backward(): spare the large copies
+            # scale and bias are copied: as leaves they would take what is saved here for their own .grad
+            return None, None, *(saved if saved.ndim else saved.clone() for saved in ctx.saved_tensors)
         return None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
 
 

@@ -1,10 +1,11 @@
 """The training loop, its step, checkpoints, schedule and tracking."""
 
 from contrastive.training.caching import cached_backward, check_chunkable
-from contrastive.training.checkpoint import check_identity, list_checkpoints
+from contrastive.training.checkpoint import check_identity, list_checkpoints, newest_whole
+from contrastive.training.faults import exit_on_signal
 from contrastive.training.optimizer import adamw
 from contrastive.training.progress import LINE_EVERY_SECONDS
-from contrastive.training.schedule import Duration, Schedule
+from contrastive.training.schedule import Duration, Every, Schedule
 from contrastive.training.skips import Skips, TooManySkips, check_share
 from contrastive.training.tracking import append_metrics, environment, read_metrics
 from contrastive.training.trainer import NonFinite, Trainer
@@ -12,6 +13,7 @@ from contrastive.training.trainer import NonFinite, Trainer
 __all__ = [
     "LINE_EVERY_SECONDS",
     "Duration",
+    "Every",
     "NonFinite",
     "Schedule",
     "Skips",
@@ -24,6 +26,8 @@ __all__ = [
     "check_identity",
     "check_share",
     "environment",
+    "exit_on_signal",
     "list_checkpoints",
+    "newest_whole",
     "read_metrics",
 ]

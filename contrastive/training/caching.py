@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from contrastive.errors import UserError
-from contrastive.training.checkpoint import random_state, restore_random_state
+from contrastive.training.randomness import random_state, restore_random_state
 
 Output = dict[str, Any]  # the model's "image" and "text" (n, D), "scale" and "bias" 0-d; the bias may be None
 

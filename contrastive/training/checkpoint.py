@@ -1,95 +1,220 @@
-"""Checkpoints: all that the rest of a run depends on, in a folder that appears whole or not at all.
+"""Checkpoints on disk: all that the rest of a run depends on, in a folder that appears whole or not at all.
 
-``checkpoints/step_<n>/`` holds ``model.safetensors``, ``optimizer.pt``, ``random_<rank>.pt``, ``state.json``, and
-``loss.safetensors`` where the loss keeps something from step to step.
-The ``.pt`` files are read with ``weights_only=True``: nothing is unpickled but tensors and plain values.
+``checkpoints/step_<n>/`` holds tensors as safetensors, plain values as JSON, and nothing that is ever unpickled:
+
+``model``, ``optimizer``, ``loss`` (where the loss keeps something from step to step)
+``random_<rank>``: the generators of each process
+``state.json``: the step, the position in the data, counters, and what the run is (see `check_identity`)
+``manifest.json``: size and SHA-256 of each of these files
+
+A folder is written aside as ``.partial_step_<n>``, every file of it is on the disk (fsync) before its one rename to its
+name, and older ones go only after that. So there is no moment at which a kill, a crash or a full disk costs the newest
+whole checkpoint.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import random
+import os
 import re
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import safetensors.torch
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from torch import nn
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from contrastive.errors import UserError
+from contrastive.training.randomness import random_state, restore_random_state
+
+MANIFEST, STATE = "manifest.json", "state.json"
+PIECE = 1 << 24  # bytes that are written while the piece before is hashed
 
 
-def random_state() -> dict[str, Any]:
-    """State of every generator that a step may draw from, of this process."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": [str(name), torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, gauss],
-        "python": list(random.getstate()[1]),
+@dataclass
+class Snapshot:
+    """A copy of a run between two steps, in memory that training does not touch.
+
+    state: JSON, with "step". tensors: by file, without its suffix. Empty on every process but the main one, which
+        writes.
+    """
+
+    state: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def take_snapshot(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, loss: nn.Module | None, state: dict[str, Any]
+) -> Snapshot:
+    """Copy all that a checkpoint holds; all processes call it, the main one keeps it."""
+    generators = gather_object([random_state()])
+    if not accelerator.is_main_process:
+        return Snapshot()
+    saved = optimizer.state_dict()
+    tensors = {
+        "model": accelerator.unwrap_model(model).state_dict(),
+        "optimizer": {
+            f"{parameter}.{name}": value if torch.is_tensor(value) else torch.tensor(value)
+            for parameter, values in saved["state"].items()
+            for name, value in values.items()
+        },
+        **{f"random_{rank}": generator for rank, generator in enumerate(generators)},
     }
-    if torch.accelerator.is_available():
-        state["accelerator"] = torch.get_device_module().get_rng_state()
-    return state
+    if loss is not None and loss.state_dict():
+        tensors["loss"] = loss.state_dict()
+    if accelerator.scaler is not None:
+        state = {**state, "scaler": accelerator.scaler.state_dict()}
+    return Snapshot(
+        state,
+        {file: {key: _copy(value) for key, value in values.items()} for file, values in tensors.items()},
+    )
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Put every generator back to what `random_state` saw."""
-    torch.set_rng_state(state["torch"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    random.setstate((3, tuple(state["python"]), None))
-    if "accelerator" in state and torch.accelerator.is_available():
-        torch.get_device_module().set_rng_state(state["accelerator"])
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def save_checkpoint(
-    folder: Path,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    state: dict[str, Any],
-    *,
-    loss: nn.Module | None = None,
-    keep: int,
-) -> Path:
-    """Write ``folder/step_<n>`` with n = ``state["step"]``, then delete the oldest beyond `keep`. All ranks call it."""
-    target = folder / f"step_{state['step']}"
-    partial = folder / f".partial_step_{state['step']}"
-    if accelerator.is_main_process:
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Write ``folder/step_<n>``; one process calls it.
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written; what was there before is whole, this one is not there.
+    """
+    target, partial = folder / f"step_{snapshot.step}", folder / f".partial_step_{snapshot.step}"
+    if target.is_dir() and fault_in(target) is None:
+        return target  # the run came by here before, and steps are a pure function of the step before
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        files = {}
+        for name, tensors in snapshot.tensors.items():
+            files[f"{name}.safetensors"] = _write(partial / f"{name}.safetensors", safetensors.torch.save(tensors))
+        files[STATE] = _write(partial / STATE, _json(snapshot.state))
+        _write(partial / MANIFEST, _json({"version": 1, "files": files}))
+        _sync_folder(partial)
+        if target.exists():  # damaged, or it would have been kept
+            shutil.rmtree(target)
+        os.rename(partial, target)  # the commit
+        _sync_folder(folder)
+    except OSError:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    torch.save(random_state(), partial / f"random_{accelerator.process_index}.pt")
-    if accelerator.is_main_process:
-        weights = accelerator.unwrap_model(model).state_dict()
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial / "model.safetensors")
-        kept = {} if loss is None else loss.state_dict()
-        if kept:
-            save_file({k: v.detach().cpu().contiguous() for k, v in kept.items()}, partial / "loss.safetensors")
-        saved = {"optimizer": optimizer.state_dict()}
-        if accelerator.scaler is not None:
-            saved["scaler"] = accelerator.scaler.state_dict()
-        torch.save(saved, partial / "optimizer.pt")
-        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)  # the commit: a name without the prefix is whole
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+        raise
     return target
 
 
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _write(path: Path, data: bytes) -> dict[str, Any]:
+    """Write a file through to the disk, hashing on another core meanwhile; its entry in the manifest."""
+    digest, view = hashlib.sha256(), memoryview(data)
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(digest.update, b"")
+        for start in range(0, len(view), PIECE):
+            piece = view[start : start + PIECE]
+            hashed = pool.submit(digest.update, piece)
+            while len(piece):
+                piece = piece[file.write(piece) :]
+        os.fsync(file.fileno())
+        hashed.result()
+    return {"bytes": len(data), "sha256": digest.hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names in `folder` survive a loss of power, where the file system knows of that."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems refuse it for folders
+        pass
+    finally:
+        os.close(handle)
+
+
+# ---- what is there
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first, whole or damaged."""
     found = [(int(m[1]), p) for p in folder.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))]
-    return [path for _, path in sorted(found) if (path / "state.json").is_file()]
+    return [path for _, path in sorted(found)]
+
+
+def fault_in(path: Path) -> str | None:
+    """What is wrong with a checkpoint, by its manifest; None for one that is whole. Reads every byte of it."""
+    try:
+        files = json.loads((path / MANIFEST).read_bytes())["files"]
+        for name, entry in files.items():
+            file = path / name
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size:,} bytes in place of {entry['bytes']:,}"
+            if _sha256(file) != entry["sha256"]:
+                return f"{name} is not what was written (sha256)"
+    except FileNotFoundError as fault:
+        return f"{Path(fault.filename).name} is missing"
+    except OSError as fault:
+        return f"{fault.strerror}: {fault.filename}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
+    """The newest checkpoint that is whole, and what is wrong with newer ones, by name."""
+    damaged: dict[str, str] = {}
+    for path in reversed(list_checkpoints(folder)):
+        fault = fault_in(path)
+        if fault is None:
+            return path, damaged
+        damaged[path.name] = fault
+    return None, damaged
+
+
+def prune(folder: Path, *, keep: int, keep_every: int | None, best: int | None) -> None:
+    """Delete whole checkpoints but the newest `keep`, those of every so many steps, and the best one's step.
+
+    What a killed save left aside goes too. Call it only behind a commit; `set_aside` has put away what is damaged.
+    """
+    kept = list_checkpoints(folder)
+    for path in kept[:-keep]:
+        step = int(path.name.removeprefix("step_"))
+        if step != best and not (keep_every and step % keep_every == 0):
+            shutil.rmtree(path, ignore_errors=True)
+    for left in folder.glob(".partial_step_*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def set_aside(folder: Path, beyond: int) -> None:
+    """Rename checkpoints behind step `beyond`, which are damaged, so that the run can save these steps again."""
+    for path in list_checkpoints(folder):
+        if int(path.name.removeprefix("step_")) > beyond:
+            aside = folder / f".damaged_{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+# ---- back into a run
 
 
 def load_checkpoint(
@@ -110,27 +235,42 @@ def load_checkpoint(
         UserError: see `check_identity`; or the checkpoint holds nothing of a loss that keeps something.
     """
     state = check_identity(path, identity)
-    accelerator.unwrap_model(model).load_state_dict(load_file(path / "model.safetensors"))
+    accelerator.unwrap_model(model).load_state_dict(_load(path, "model"))
     if loss is not None and loss.state_dict():
-        kept = path / "loss.safetensors"
-        values = load_file(kept) if kept.is_file() else {}
+        values = _load(path, "loss") if (path / "loss.safetensors").is_file() else {}
         if {k: v.shape for k, v in values.items()} != {k: v.shape for k, v in loss.state_dict().items()}:
             raise UserError(
                 f"{path}: cannot resume, it does not hold what the loss keeps from step to step "
                 f"({', '.join(loss.state_dict())}); resume with the loss that the run was started with"
             )
         loss.load_state_dict(values)
-    saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved["optimizer"])
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)
-    if accelerator.scaler is not None and "scaler" in saved:
-        accelerator.scaler.load_state_dict(saved["scaler"])
-    own = path / f"random_{accelerator.process_index}.pt"
-    if own.is_file():  # absent when the run goes on with more processes; the loader does not depend on it
-        restore_random_state(torch.load(own, weights_only=True))
+    _load_optimizer(optimizer, _load(path, "optimizer"))
+    if accelerator.scaler is not None and "scaler" in state:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    if (path / f"random_{accelerator.process_index}.safetensors").is_file():
+        # absent when the run goes on with more processes; the loader does not depend on it
+        restore_random_state(_load(path, f"random_{accelerator.process_index}"))
     return state
+
+
+def _load(path: Path, name: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = safetensors.torch.load_file(path / f"{name}.safetensors")
+    return tensors
+
+
+def _load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape:
+            # The fused AdamW goes through memory as it lies: moments in another layout than a channels-last weight's
+            # would be added to the wrong entries.
+            value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
+        state.setdefault(int(number), {})[name] = value
+    # the groups are those of this run; `load_state_dict` puts the moments on the devices of their parameters
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def check_identity(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +283,7 @@ def check_identity(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint belongs to another model, data set or batch size.
     """
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    state: dict[str, Any] = json.loads((path / STATE).read_text())
     loader = state.get("loader", {})
     pairs = [(key, state.get(key), value) for key, value in identity.items() if key != "loader"]
     pairs += [(key, loader.get(key), value) for key, value in identity.get("loader", {}).items()]

@@ -29,6 +29,23 @@ class Duration:
 
 
 @dataclass(frozen=True)
+class Every:
+    """How often something is done: every so many steps, seconds of training, or shares of the run (one of them)."""
+
+    steps: int | None = None
+    seconds: float | None = None
+    share: float | None = None
+
+    def due(self, before: tuple[int, float, float], now: tuple[int, float, float]) -> bool:
+        """Whether a multiple lies between two places of the run, each (steps, seconds of training, share done)."""
+        for period, earlier, later in zip((self.steps, self.seconds, self.share), before, now, strict=True):
+            if period is not None:
+                # 1e-9: 5 times a fifth is to be one
+                return math.floor(later / period + 1e-9) > math.floor(earlier / period + 1e-9)
+        return False
+
+
+@dataclass(frozen=True)
 class Schedule:
     """A linear warm-up times a cosine to zero (Loshchilov & Hutter 2017, arXiv:1608.03983), or times a constant.
 

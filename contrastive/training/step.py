@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ class TrainStep:
         loss: follows the loss contract; its value is such that averaged gradients are those of the global loss.
         clip: largest gradient norm, or None.
         chunk: rows of a batch that go through the towers at once, see `cached_backward`; None for all.
+
+    A step whose gradient is not finite on some rank changes no weight on any; its "skipped" is 1.
 
     Raises:
         UserError: the model does not allow chunks, see `check_chunkable`.
@@ -69,12 +72,16 @@ class TrainStep:
             metrics = cached_backward(
                 self.model, batch.pixels, batch.tokens, loss, chunk=self.chunk, backward=self.accelerator.backward
             )
-        if self.clip is not None:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
-            if norm is not None:
-                metrics["gradient_norm"] = norm
-        self.optimizer.step()
+        # the averaged gradients are the same on every rank, and so is their norm: what follows is decided alike
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
+        if norm is not None:
+            metrics["gradient_norm"] = norm
+        bad = norm is not None and not bool(norm.isfinite())
+        # a gradient scaler skips by itself, and has to see the overflow to lower its scale
+        if not bad or self.accelerator.scaler is not None:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        metrics["skipped"] = torch.tensor(float(bad))
         self.two_tower.clamp_scale()
         metrics["scale"] = self.two_tower.logit_scale.exp()
         return {key: value.detach() for key, value in metrics.items() if torch.is_tensor(value)}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +16,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from contrastive.errors import UserError
-from contrastive.training.checkpoint import load_checkpoint, save_checkpoint
+from contrastive.training.checkpoint import load_checkpoint, set_aside, take_snapshot
+from contrastive.training.faults import Watchdog, stop_on_signal
 from contrastive.training.progress import Progress
-from contrastive.training.schedule import Duration, Schedule
+from contrastive.training.saver import Saver
+from contrastive.training.schedule import Duration, Every, Schedule
 from contrastive.training.skips import Skips
 from contrastive.training.step import LossFunction, TrainStep
 from contrastive.training.tracking import Tracker
@@ -39,11 +39,11 @@ class Loader(Protocol):
 
 
 class NonFinite(UserError):
-    """The loss or a weight became infinite or not a number; no checkpoint holds such a weight."""
+    """Gradients or a weight became infinite or not a number; no checkpoint holds such a weight."""
 
 
 class Trainer:
-    """Trains a two-tower model until its duration is over, it is told to stop, or the loss is no number.
+    """Trains a two-tower model until its duration is over, it is told to stop, or its gradients are no numbers.
 
     Every rank runs the same steps. What must be decided alike (stop? did a loader fail? is too much of the data bad?)
     is agreed in one small all-reduce a step, behind the loader and before the towers: no rank enters a collective that
@@ -55,8 +55,12 @@ class Trainer:
         skips: counts what the loader leaves out, and stops the run when that is too much.
         chunk: rows that a process puts through the towers at once, see `TrainStep`.
         identity: what a checkpoint must have in common with this run to be resumed (JSON).
-        validate: ``two-tower model -> {name: share of 1}``, called on the main process every `validate_every` (a
-            number of steps, or a share of the run between 0 and 1; None for never).
+        checkpoint_every: None saves at the end only. Checkpoints are written in the background; the newest `keep` stay,
+            and those of every `keep_every` steps, and the one with the largest value of `keep_best`, a name that
+            `validate` returns (it is saved behind the validation).
+        max_skipped: so many steps in a row without a finite gradient stop the run.
+        step_timeout: seconds after which a step that does not end ends the process, see `Watchdog`.
+        validate: ``two-tower model -> {name: share of 1}``, called on the main process every `validate_every`.
     """
 
     def __init__(
@@ -75,10 +79,14 @@ class Trainer:
         identity: dict[str, Any],
         clip: float | None = 1.0,
         chunk: int | None = None,
-        checkpoint_every: int | None = None,
+        checkpoint_every: Every | None = None,
         keep: int = 2,
+        keep_every: int | None = None,
+        keep_best: str | None = None,
+        max_skipped: int = 20,
+        step_timeout: float | None = None,
         validate: Validate | None = None,
-        validate_every: int | float | None = None,
+        validate_every: Every | None = None,
         log_every: int = 10,
         quiet: bool = False,
     ) -> None:
@@ -91,13 +99,16 @@ class Trainer:
         self.run_dir, self.global_batch = run_dir, global_batch
         self._loader = make_loader(0)  # what is wrong with it is told before the first step
         self.identity = {**identity, "loader": self._loader.identity}
-        self.checkpoint_every, self.keep = checkpoint_every, keep
+        self.checkpoint_every, self.keep_best = checkpoint_every, keep_best
+        self.saver = Saver(run_dir / "checkpoints", keep=keep, keep_every=keep_every)
+        self.max_skipped, self.step_timeout = max_skipped, step_timeout
         self.validate, self.validate_every = validate, validate_every
         self.log_every = log_every
         self.quiet = quiet
         self.step = 0  # optimizer steps done: the whole position in the data
         self.seconds = 0.0  # training time, validation and saving left out
-        self._saved_step = 0
+        self._saved_step = 0  # of the newest snapshot; the saver's is that of the newest on the disk
+        self.skipped = self._skipped_in_a_row = 0  # steps whose gradients were not finite
 
     # ---- the loop
 
@@ -121,11 +132,12 @@ class Trainer:
         window = _Window()
         share = self.duration.progress(self.step, self.seconds)
         stopping = False
-        with _stop_on_signal() as stop_requested, _closing(batches):
+        with stop_on_signal() as stop_requested, self._watchdog() as watchdog, _closing(batches, self.saver):
             # A step lasts from one turn of the loop to the next: an accelerator works on after the call returns, and
             # whoever waits for it first pays. Saving and validation are left out by starting the clock anew.
             started = time.perf_counter()
             while share < 1.0 and not stopping:
+                watchdog.watch()
                 waiting = time.perf_counter()
                 batch, fault = _fetch(batches)
                 wait = time.perf_counter() - waiting
@@ -133,23 +145,28 @@ class Trainer:
                 factor = self.schedule.factor(self.step, share)
                 metrics = self.train_step(batch, factor)
                 self.step += 1
-                before, now = share, time.perf_counter()
+                before, now = (self.step - 1, self.seconds, share), time.perf_counter()
                 seconds, started = now - started, now
                 self.seconds += self._slowest(seconds)
                 share = self.duration.progress(self.step, self.seconds)
+                place = (self.step, self.seconds, share)
                 stopping = stopping or self.step == stop_after
+                self._count_skipped(float(metrics["skipped"]) > 0)
                 window.add(metrics, wait, seconds, factor)
+                watchdog.rest()  # logging may pass through a slow tracker, saving and validation take their time
                 if self.step % self.log_every == 0 or share >= 1.0 or stopping:
                     self._log(window, tracker, progress, share)
                     window = _Window()
                 last = share >= 1.0 or stopping
-                if last or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
+                if last or (self.checkpoint_every and self.checkpoint_every.due(before, place)):
                     self._save()
                     started = time.perf_counter()
-                if self._validation_due(before, share):
+                # the last validation is the caller's: it wants more than scalars
+                if self.validate and self.validate_every and share < 1.0 and self.validate_every.due(before, place):
                     self._validate(tracker, progress)
                     started = time.perf_counter()
         progress.close()
+        self._finish_saving()
         return share >= 1.0
 
     def _agree(self, stop: bool, batch: Any, fault: Exception | None) -> bool:
@@ -159,34 +176,49 @@ class Trainer:
             UserError: see `fit`; a rank whose own loader raised `fault` raises that.
         """
         failed = self.skips.failed if fault is None else str(fault) or type(fault).__name__
-        own = (stop, [] if batch is None else batch.rejected, failed)
+        own = (stop, [] if batch is None else batch.rejected, failed, self.saver.failed)
         everyones = [own]
         if self.accelerator.num_processes > 1:
             remarkable = torch.tensor([float(any(own))], device=self.accelerator.device)
             everyones *= self.accelerator.num_processes
             if float(self.accelerator.reduce(remarkable, reduction="sum")) > 0:  # seldom: objects are slow to pass on
                 everyones = gather_object([own])
-        faults = [failed for _, _, failed in everyones if failed is not None]
+        unsaved = [unsaved for _, _, _, unsaved in everyones if unsaved is not None]
+        faults = [failed for _, _, failed, _ in everyones if failed is not None]
         try:
+            if unsaved:
+                raise UserError(unsaved[0])
             if fault is not None:
                 raise fault
             if faults:
                 raise UserError(faults[0])
-            self.skips.add(self.step + 1, [one for _, rejected, _ in everyones for one in rejected])
+            self.skips.add(self.step + 1, [one for _, rejected, _, _ in everyones for one in rejected])
         except Exception as error:
-            if self.step > self._saved_step:
+            if self.step > self._saved_step and not unsaved:
                 self._save()
-            if self.step and isinstance(error, UserError):
+                self._finish_saving()
+            if self.step and not unsaved and isinstance(error, UserError):
                 raise type(error)(f"{error}. With --resume the run goes on from step {self.step}") from None
             raise
-        return any(stop for stop, _, _ in everyones)
+        return any(stop for stop, _, _, _ in everyones)
 
     def _slowest(self, seconds: float) -> float:
-        """The time of a step, on every rank alike where the end of the run depends on it."""
-        if self.accelerator.num_processes == 1 or self.duration.minutes is None:
+        """The time of a step, on every rank alike where something depends on it."""
+        clocks = [every for every in (self.checkpoint_every, self.validate_every) if every and every.seconds]
+        if self.accelerator.num_processes == 1 or (self.duration.minutes is None and not clocks):
             return seconds
         own = torch.tensor([seconds], device=self.accelerator.device)
         return float(self.accelerator.gather(own).max())
+
+    def _count_skipped(self, skipped: bool) -> None:
+        self.skipped += skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row >= self.max_skipped:
+            raise NonFinite(
+                f"the gradients of {self._skipped_in_a_row} steps in a row, up to step {self.step}, were not finite "
+                "(no weight was changed); lower optim.lr or raise optim.warmup, and go on from the newest "
+                "checkpoint with --resume"
+            )
 
     # ---- what happens now and then
 
@@ -204,22 +236,17 @@ class Trainer:
         row |= {"train/samples": float(self.step * self.global_batch), "train/seconds": self.seconds}
         row |= {f"train/rejected_{reason.replace(' ', '_')}": float(n) for reason, n in self.skips.counts.items()}
         tracker.log(self.step, row)
-        progress.update(self.step, share, self.seconds, rate, wait, values["loss"])
-        if not math.isfinite(values["loss"]):
+        row["train/skipped_steps"] = float(self.skipped)
+        progress.update(self.step, share, self.seconds, rate, wait, values.get("loss", math.nan))
+        if not math.isfinite(values.get("loss", 0.0)):  # with gradients that are
             raise NonFinite(
                 f"the loss is {values['loss']} at step {self.step}; lower optim.lr or raise optim.warmup, and go on "
                 "from the newest checkpoint with --resume"
             )
 
-    def _validation_due(self, before: float, now: float) -> bool:
-        if self.validate is None or now >= 1.0 or not self.validate_every:
-            return False  # the last validation is the caller's: it wants more than scalars
-        if isinstance(self.validate_every, int):
-            return self.step % self.validate_every == 0
-        return math.floor(now / self.validate_every + 1e-9) > math.floor(before / self.validate_every + 1e-9)
-
     def _validate(self, tracker: Tracker, progress: Progress) -> None:
         assert self.validate is not None
+        better, fault = False, None
         if self.accelerator.is_main_process:
             # Validation must not move the random streams: resuming behind it would give other weights.
             own = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
@@ -231,26 +258,60 @@ class Trainer:
             progress.write(
                 f"validation at step {self.step}: " + " · ".join(f"{key} {value:.1%}" for key, value in values.items())
             )
-        self.accelerator.wait_for_everyone()
+            if self.keep_best is not None and self.keep_best in values:
+                better = self.saver.score(self.step, values[self.keep_best])
+            elif self.keep_best is not None:
+                fault = f"checkpoint.keep_best: {self.keep_best!r}; validation gives {', '.join(sorted(values))}"
+        verdicts = gather_object([(better, fault)])  # the others wait here for the main process
+        for _, fault in verdicts:
+            if fault is not None:
+                raise UserError(fault)
+        if any(better for better, _ in verdicts) and self.step != self._saved_step:
+            self._save()
 
     def _save(self) -> None:
-        # A finite loss does not vouch for the step behind it. Ranks hold the same weights, so they decide alike.
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+        """Begin to save; `_finish_saving` waits for the end."""
+        # Finite gradients do not vouch for the step they led to. Ranks hold the same weights, so they decide alike.
+        values = [*self.model.parameters(), *(b for b in self.model.buffers() if b.is_floating_point())]
+        if not all(bool(value.isfinite().all()) for value in values):
             raise NonFinite(
                 f"a weight is not finite after step {self.step}; nothing was saved. Lower optim.lr or set optim.clip, "
                 "and go on from the newest checkpoint with --resume"
             )
         loader = {**self._loader.state(self.step), "counters": self.skips.state()}
-        state = {"step": self.step, "seconds": self.seconds, **self.identity, "loader": loader}
-        folder = self.run_dir / "checkpoints"
-        save_checkpoint(folder, self.accelerator, self.model, self.optimizer, state, loss=self.loss, keep=self.keep)
+        skipped = {"skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
+        state = {"step": self.step, "seconds": self.seconds, **skipped, **self.identity, "loader": loader}
+        snapshot = take_snapshot(self.accelerator, self.model, self.optimizer, self.loss, state)
+        if self.accelerator.is_main_process:
+            self.saver.save(snapshot)
         self._saved_step = self.step
+
+    def _finish_saving(self) -> None:
+        """Wait for the disk; raises UserError on every rank where it failed."""
+        self.saver.finish()
+        for fault in gather_object([self.saver.failed]):
+            if fault is not None:
+                raise UserError(fault)
 
     def _restore(self, path: Path) -> None:
         state = load_checkpoint(path, self.accelerator, self.model, self.optimizer, self.identity, loss=self.loss)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.skips.restore(state["loader"]["counters"])
         self._saved_step = self.step
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            set_aside(self.saver.folder, beyond=self.step)
+
+    @contextmanager
+    def _watchdog(self) -> Iterator[Watchdog]:
+        folder = self.run_dir / "stacks"
+        folder.mkdir(parents=True, exist_ok=True)
+        watchdog = Watchdog(folder / f"rank_{self.accelerator.process_index}.txt", self.step_timeout)
+        try:
+            yield watchdog
+        finally:
+            watchdog.close()
 
 
 def _fetch(batches: Iterator[Any]) -> tuple[Any, Exception | None]:
@@ -266,48 +327,29 @@ class _Window:
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
-        self.steps = 0
+        self.steps = self.skipped = 0
         self.wait_seconds = self.step_seconds = self.lr_factor = 0.0
 
     def add(self, metrics: dict[str, torch.Tensor], wait: float, seconds: float, factor: float) -> None:
-        for key, value in metrics.items():
-            self.sums[key] = self.sums[key] + value.float() if key in self.sums else value.float()
+        skipped = bool(metrics.pop("skipped"))
+        if not skipped:  # a loss that is no number would hide those of the other steps
+            for key, value in metrics.items():
+                self.sums[key] = self.sums[key] + value.float() if key in self.sums else value.float()
         self.steps += 1
+        self.skipped += skipped
         self.wait_seconds += wait
         self.step_seconds += seconds
         self.lr_factor = factor
 
     def means(self) -> dict[str, float]:
-        return {key: float(value) / self.steps for key, value in self.sums.items()}
+        return {key: float(value) / (self.steps - self.skipped) for key, value in self.sums.items()}
 
 
 @contextmanager
-def _closing(loader: Any) -> Any:
+def _closing(loader: Any, saver: Saver) -> Iterator[None]:
     """End the loader's workers however the loop ends: they ignore the signal by which Python ends them at exit."""
     try:
         yield
     finally:
         getattr(loader, "close", lambda: None)()
-
-
-@contextmanager
-def _stop_on_signal() -> Any:
-    """An event that SIGINT or SIGTERM sets: the run saves at the next step boundary and stops."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: Any) -> None:
-        if event.is_set() and number == signal.SIGINT:  # the second Ctrl-C means now
-            raise KeyboardInterrupt
-        event.set()
-
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        saver.finish()

@@ -17,7 +17,7 @@ from contrastive.errors import UserError
 from contrastive.losses import CyCLIP, InfoNCE, SigLIP, SogCLR, WeightedSum, distillation, infonce, siglip, tiled
 from contrastive.training import cached_backward
 from tests.distributed.spawn import run_ranks
-from tests.losses.dense import margin_gap, of_rows, relative_error
+from tests.losses.dense import features, margin_gap, of_rows, relative_error
 from tests.losses.every_loss import TILED, VARIANTS, extras
 from tests.losses.largest import LargestTensor
 
@@ -360,11 +360,14 @@ def wrong_on_rank_1(rank: int, world: int) -> dict[str, str]:
         "width": {"image": torch.eye(3, 4), "text": torch.eye(3, 4)},
         "precision": {"image": eye.double()},
         "no tensor": {"text": eye.numpy()},
+        "scale": {"scale": torch.tensor(2.0)},
         "the loss's own": {"loss": SigLIP(), "bias": None},
+        "samples": {"samples": torch.arange(3) + 3},
         "the teacher's": {"loss": partial(distillation, teacher_image=eye, teacher_text=2 * eye)},
     }
     teachers = partial(distillation, teacher_image=eye, teacher_text=eye)
     losses = {"the loss's own": SigLIP(), "the teacher's": teachers}
+    averages = SogCLR(samples=5)
     told = {}
     for name, change in wrong.items():
         arguments: dict[str, Any] = {
@@ -376,6 +379,8 @@ def wrong_on_rank_1(rank: int, world: int) -> dict[str, str]:
             "valid": valid,
         }
         arguments["loss"] = losses.get(name, InfoNCE())
+        if name == "samples":
+            arguments |= {"loss": averages, "samples": torch.arange(3)}
         arguments |= change if rank == 1 else {}
         loss = arguments.pop("loss")
         try:
@@ -388,8 +393,9 @@ def wrong_on_rank_1(rank: int, world: int) -> dict[str, str]:
 
 def test_what_one_rank_refuses_ends_all_ranks_alike_with_the_reason_where_it_is_known() -> None:
     first, second = run_ranks(2, wrong_on_rank_1, timeout=30)
-    for name in ("norms", "ids of another type", "no tensor", "the loss's own", "the teacher's"):
-        assert first[name] == "rank 1 refuses its part of the batch and says why; [1] of 2 ranks do", name
+    for name in ("norms", "ids of another type", "no tensor", "the loss's own", "the teacher's", "samples"):
+        assert first[name] == "ranks [1] of 2 refused their part of the batch; see the error of rank 1", name
+    assert second["samples"].startswith("samples from 3 to 5: sogclr knows numbers below 5")
     assert second["norms"].startswith("image features: row 0 has norm 2")
     assert second["ids of another type"].startswith("ids is torch.float32 (3,)")
     assert second["no tensor"].startswith("text is a ndarray")
@@ -402,7 +408,25 @@ def test_what_one_rank_refuses_ends_all_ranks_alike_with_the_reason_where_it_is_
             told["width"]
             == "features of 5 x float32, 4 x float32 on the ranks: they must be of one width and precision"
         )
+        assert told["scale"].startswith("scales of [1.0, 2.0] on the ranks: the logit scale must be the same")
         assert told["precision"].startswith("features of 5 x float32, 5 x float64 on the ranks")
+
+
+def second_derivative(rank: int, world: int) -> list[str]:
+    told = []
+    for loss in (InfoNCE(tile=None), CyCLIP(), InfoNCE(tile=2)):
+        image, text = (x.detach().requires_grad_() for x in features(rank, 4, 6))
+        try:
+            torch.autograd.grad(loss(image, text, torch.tensor(5.0))["loss"], image, create_graph=True)
+            told.append("no error")
+        except UserError as error:
+            told.append(str(error))
+    return told
+
+
+def test_a_second_derivative_over_several_ranks_is_refused_rather_than_wrong() -> None:
+    for told in run_ranks(2, second_derivative):
+        assert all("has no second derivative" in message for message in told), told
 
 
 def single_pairs(rank: int, world: int) -> float:

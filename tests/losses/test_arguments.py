@@ -38,7 +38,7 @@ NAN = torch.eye(4, 5).index_fill(0, torch.tensor([3]), float("nan"))
         ({"text": torch.eye(4, 6)}, r"image \(4, 5\) and text \(4, 6\).*project both towers to the same width"),
         ({"image": torch.eye(3, 5)}, r"image \(3, 5\) and text \(4, 5\).*as many captions as images"),
         ({"image": torch.zeros(0, 5), "text": torch.zeros(0, 5)}, "n > 0"),
-        ({"image": torch.ones(5), "text": torch.ones(5)}, r"image \(5,\).*\(n, dim\)"),
+        ({"image": torch.ones(5), "text": torch.ones(5)}, r"image \(5,\).*\(n, dim\), n > 0"),
         ({"image": torch.ones(4, 5, dtype=torch.int64)}, "image torch.int64.*floating-point"),
         ({"scale": torch.ones(4)}, r"scale of shape \(4,\): a loss takes a 0-d tensor"),
         ({"bias": torch.ones(4)}, r"bias of shape \(4,\): a loss takes a 0-d tensor"),
@@ -49,6 +49,8 @@ NAN = torch.eye(4, 5).index_fill(0, torch.tensor([3]), float("nan"))
         ({"text": torch.eye(4, 5).numpy()}, "text is a ndarray: a loss takes tensors"),
         ({"ids": [0, 1, 2, 3]}, r"ids is a list: a loss takes tensors; pass torch.as_tensor\(ids\)"),
         ({"bias": torch.tensor(float("nan"))}, "bias nan: the logit bias must be finite; lower the learning rate"),
+        ({"scale": None}, r"scale None: a loss takes a 0-d tensor, such as torch.tensor\(10.0\)"),
+        ({"image": torch.ones(4, 5, 6)}, r"image \(4, 5, 6\).*\(n, dim\), n > 0: a row for each pair"),
         ({"scale": torch.tensor(0.0)}, "scale 0.0: .*above 0.*1 / temperature, not its logarithm"),
         ({"scale": torch.tensor(-2.0)}, "scale -2.0: .*lower the learning rate or cap the scale"),
         ({"scale": torch.tensor(float("nan"))}, "scale nan: the logit scale must be finite"),
@@ -123,6 +125,9 @@ def test_tiling_that_does_not_exist_is_named_with_the_choices(name: str, change:
         ("distillation", {"teacher_scale": float("inf")}, "teacher_scale inf: choose the teacher's logit scale"),
         ("sogclr", {"rho": float("nan")}, "rho nan: choose a finite number"),
         ("sogclr", {"epsilon": float("inf")}, "epsilon inf: choose a small number above 0"),
+        ("distillation", {"teacher_image": None}, "teacher_image is NoneType: .* a floating-point tensor"),
+        ("distillation", {"teacher_text": torch.ones(4, 5, dtype=torch.int64)}, "teacher_text is torch.int64"),
+        ("sogclr", {"log_u": None}, "log_u NoneType: pass two averages a pair"),
         ("sogclr", {"gamma": 0.0}, "gamma 0.0: .*above 0 and at most 1"),
         ("sogclr", {"gamma": 1.1}, "gamma 1.1"),
         ("sogclr", {"epsilon": 0.0}, "epsilon 0.0: choose a small number above 0"),
@@ -160,8 +165,31 @@ def test_numbers_of_samples_that_do_not_fit_are_named(loss: torch.nn.Module, sam
         loss(torch.eye(4, 5), torch.eye(4, 5), torch.tensor(10.0), samples=samples)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SogCLR(samples=0), "samples 0: give the size of the data set"),
+        (lambda: Distillation(torch.eye(6), torch.eye(5, 6)), "teacher_image has 6 rows and teacher_text 5"),
+        (lambda: losses.WeightedSum([("a.b", InfoNCE(), 1.0)]), "a loss named 'a.b': .*without a dot"),
+    ],
+)
+def test_module_that_can_not_work_is_refused_when_it_is_made(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(name: str) -> None:
+    scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+    loss = call(name, scale=scale, bias=bias, image=torch.eye(4, 5).requires_grad_(), tile=2)["loss"]
+    loss.backward(retain_graph=True)
+    once = scale.grad.clone(), bias.grad.clone()
+    loss.backward()
+    assert torch.equal(scale.grad, 2 * once[0]) and torch.equal(bias.grad, 2 * once[1])
+
+
 def test_weight_of_a_sum_that_is_not_finite_is_named() -> None:
-    with pytest.raises(UserError, match="weight nan of infonce: choose a finite number"):
+    with pytest.raises(UserError, match="weight of infonce nan: choose a finite number"):
         losses.WeightedSum([("infonce", InfoNCE(), float("nan"))])
 
 

@@ -1,5 +1,6 @@
 """Weighted sums, and losses of the user's own, which this file defines."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +126,14 @@ class OwnModule(nn.Module):
 NOT_CALLABLE = 3
 
 
+class MakesNothing:
+    """A class whose instances are no functions."""
+
+
+def detached(image: Tensor, *contract: Any, **more: Any) -> dict[str, Tensor]:
+    return {"loss": image.detach().sum()}
+
+
 def test_function_is_called_with_its_bound_arguments() -> None:
     arguments = leaves()
     found = CustomLoss(f"{HERE}:own_function", {"power": 2})(*arguments)["loss"]
@@ -166,6 +175,7 @@ def test_own_loss_takes_part_in_a_sum() -> None:
         ("no_such_module:name", {}, "loss.path: no_such_module cannot be imported here.*start in the folder"),
         (f"{HERE}:missing", {}, f"{HERE} has no missing"),
         (f"{HERE}:NOT_CALLABLE", {}, "loss.path: .*NOT_CALLABLE is int, neither a function nor a class"),
+        (f"{HERE}:MakesNothing", {}, "loss.path: .*MakesNothing makes a MakesNothing, which cannot be called"),
         (f"{HERE}:takes_no_ids", {}, "loss.args: .*takes_no_ids does not take {} .*argument 'ids'"),
         (f"{HERE}:own_function", {"image": 2}, "loss.args: .* does not take {'image': 2} .*multiple values"),
         (f"{HERE}:OwnClass", {"wieght": 2.0}, "loss.args: .*OwnClass does not take {'wieght': 2.0}"),
@@ -185,3 +195,17 @@ def test_loss_that_cannot_be_had_is_named(path: str, arguments: dict, message: s
 def test_result_without_a_0d_loss_is_refused(name: str, shown: str) -> None:
     with pytest.raises(UserError, match=f"{name} must return a dict with a 0-d tensor 'loss'; it returned {shown}"):
         CustomLoss(f"{HERE}:{name}")(*leaves())
+
+
+def test_a_module_that_fails_by_itself_is_not_taken_for_one_without_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_broken_losses.py").write_text("import torch\nfast = torch.no_such_thing\ndef loss(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be imported here \(AttributeError: .*no_such_thing"):
+        CustomLoss("own_broken_losses:loss")
+
+
+def test_a_loss_without_a_gradient_is_refused() -> None:
+    with pytest.raises(UserError, match="the 'loss' of .*detached has no gradient; do not detach it"):
+        CustomLoss(f"{HERE}:detached")(*leaves())

@@ -113,7 +113,11 @@ def test_resuming_with_another_loss_is_refused(make_config):
 def test_a_checkpoint_that_lacks_what_the_loss_keeps_is_refused(make_config):
     config = make_config("loss.kind=sogclr")
     pretrain(config, stop_after=2, quiet=True)
-    (Path(config.run.dir) / "checkpoints" / "step_2" / "loss.safetensors").unlink()
+    folder = Path(config.run.dir) / "checkpoints" / "step_2"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["loss.safetensors"]  # as if a loss without a state had been saved
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "loss.safetensors").unlink()
     with pytest.raises(UserError, match="does not hold what the loss keeps from step to step .log_u"):
         pretrain(config, resume=True, quiet=True)
 

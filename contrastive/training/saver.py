@@ -1,0 +1,72 @@
+"""When a checkpoint is written, by whom, and which ones stay."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+from contrastive.training.checkpoint import Snapshot, prune, write_checkpoint
+
+BEST = "best.json"
+
+
+class Saver:
+    """Writes snapshots behind training's back, one at a time, and deletes what need not be kept.
+
+    Training waits for the copy that a snapshot is, and for the snapshot before if that is still being written.
+
+    Args:
+        folder: of the checkpoints.
+        keep: the newest ones that stay; keep_every: those of every so many steps stay too, as does the best one.
+
+    failed: why a checkpoint could not be written; the run saves nothing more then. saved_step: of the newest that was.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None) -> None:
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.failed: str | None = None
+        self.saved_step = 0
+        self._best: tuple[int, float] | None = None
+        self._writing: threading.Thread | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begin to write `snapshot`."""
+        self.finish()
+        # no daemon: Python waits for it at exit
+        self._writing = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._writing.start()
+
+    def finish(self) -> None:
+        """Wait until nothing is being written."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            write_checkpoint(self.folder, snapshot)
+            self.saved_step = snapshot.step
+            prune(self.folder, keep=self.keep, keep_every=self.keep_every, best=self._best and self._best[0])
+        except Exception as fault:  # of this thread: the trainer tells it, on all processes at the same step
+            reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else f"{fault!r}"
+            self.failed = (
+                f"{self.folder}: the checkpoint of step {snapshot.step} could not be written ({reason}); "
+                f"the one before is whole. Make room and go on with --resume"
+            )
+
+    def score(self, step: int, value: float) -> bool:
+        """Whether the weights of `step` are the best so far; their checkpoint is not deleted then."""
+        if self._best is None and (self.folder / BEST).is_file():
+            kept = json.loads((self.folder / BEST).read_text())
+            self._best = (kept["step"], kept["value"])
+        if self._best is not None and (value <= self._best[1] or step < self._best[0]):
+            return False
+        self.finish()  # its pruning goes by the best one
+        self._best = (step, value)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self.folder / f".{BEST}"
+        aside.write_text(json.dumps({"step": step, "value": value}) + "\n")
+        os.replace(aside, self.folder / BEST)
+        return True
