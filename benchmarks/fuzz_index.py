@@ -39,8 +39,8 @@ def main() -> None:
             Path(start, name).write_bytes(data)
         seconds = round(60 * arguments.minutes)
         command = [sys.executable, __file__, "--child", *LIMITS, f"-max_total_time={seconds}", "-print_final_stats=1"]
-        done = subprocess.run([*command, found, start, str(arguments.corpus)])
         arguments.corpus.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run([*command, found, start, str(arguments.corpus)])
         for path in sorted(Path(found).iterdir(), key=lambda path: path.stat().st_size)[:KEPT]:
             shutil.copy(path, arguments.corpus)
     sys.exit(done.returncode)

@@ -286,6 +286,16 @@ def share_or_steps(value: int | str | None) -> int | float | None:
     return float(value[:-1]) / 100 if isinstance(value, str) else value
 
 
+def check_batch(config: Config, data: Mixture) -> None:
+    """Raise UserError for a global batch that takes more pairs of a set than there are."""
+    batch = config.train.global_batch
+    for path, part, weight in zip(config.data.train_sets, data.parts, data.weights, strict=True):
+        share = math.ceil(batch * weight / sum(data.weights))
+        if share > len(part):
+            taken = f"{batch}" if share == batch else f"{batch} takes {share} of one set at once, which"
+            raise UserError(f"train.global_batch: {taken} is more than the {len(part)} pairs of {path}")
+
+
 def build_every(value: int | str | None, epoch: int, batch: int) -> Every | None:
     """``500``, ``"5%"``, ``"10m"``, ``"2 epochs"``, ``"50000 samples"``; an epoch is `epoch` pairs."""
     if value is None or isinstance(value, int):
@@ -328,11 +338,7 @@ def build_trainer(
             are; the model does not allow the chunks of ``train.chunk``.
     """
     world, batch = accelerator.num_processes, config.train.global_batch
-    for path, part, weight in zip(config.data.train_sets, data.parts, data.weights, strict=True):
-        share = math.ceil(batch * weight / sum(data.weights))
-        if share > len(part):
-            taken = f"{batch}" if share == batch else f"{batch} takes {share} of one set at once, which"
-            raise UserError(f"train.global_batch: {taken} is more than the {len(part)} pairs of {path}")
+    check_batch(config, data)
     duration = build_duration(config, data.epoch_size)
     model.to(accelerator.device)
 

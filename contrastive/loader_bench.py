@@ -6,6 +6,7 @@ that their times add up; workers do them side by side, as long as there are core
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from contrastive.shards.decode import decode_pixels
 from contrastive.shards.render import render
 
 BATCH = 64  # samples of a batch, where no recipe says
+LARGEST = 4096  # pixels of a side
 LOOK_AT = 512  # samples that the parts are measured on, over and over: they are read from memory after the first time
 
 
@@ -96,13 +98,22 @@ def _bench(
     workers: list[int],
     step: Callable[[Any], int] | None,
 ) -> Iterator[Measured | Verdict]:
-    if seconds <= 0 or min(workers) < 0:
+    if not 0 < seconds < math.inf or min(workers) < 0:
         raise UserError(f"--seconds {seconds:g}, --workers {workers}: give seconds above 0 and workers from 0 up")
+    if not 1 <= size <= LARGEST:
+        raise UserError(f"--size {size}: give pixels from 1 to {LARGEST}")
     numbers = range(0, len(data), max(1, len(data) // LOOK_AT))
     try:
         pairs = [data.pair(i) for i in numbers]
     except Rejected as fault:
         raise UserError(f"the shards: {fault.reason}; see `contrastive check`") from None
+    bad = sum(_is_bad(image) for image, _ in pairs)
+    if bad == len(pairs):
+        raise UserError(f"not one of the {bad} images looked at can be decoded; `contrastive check` says why")
+    if bad:
+        yield Verdict(
+            "", 0, f"note: {bad} of the {len(pairs)} images looked at cannot be decoded; see `contrastive check`"
+        )
     u = [0.5] * DRAWS
     places = iter(_endless(list(numbers)))
     images, captions = iter(_endless([image for image, _ in pairs])), iter(_endless([text for _, text in pairs]))
@@ -179,6 +190,14 @@ def _verdict(parts: dict[str, float], loaders: dict[int, float], model: float | 
     if wanted > cores:
         text += f", but there are {cores} cores: shrink the images once (`contrastive shard --resize`), or decode: fast"
     return Verdict(slowest, wanted, text)
+
+
+def _is_bad(image: bytes) -> bool:
+    try:
+        decode_pixels(image)
+    except Rejected:
+        return True
+    return False
 
 
 def _endless(items: list[Any]) -> Iterator[Any]:

@@ -27,6 +27,7 @@ from contrastive.build import (
     build_data,
     build_model,
     build_trainer,
+    check_batch,
     wants_training,
 )
 from contrastive.config import Config, CustomLossConfig, DistillationConfig, dump_yaml, terms_of
@@ -455,8 +456,11 @@ def dry_run(config: Config) -> str:
     """
     found = all(_may_exist(folder) for folder in config.data.train_sets)
     choice, trained = wants_training(config), ""
+    data = build_data(config) if found else None
+    if data is not None:
+        check_batch(config, data)
     if choice is not None:
-        captions = build_data(config).captions() if found else ["no data to train a tokenizer on"]
+        captions = data.captions() if data is not None else ["no data to train a tokenizer on"]
         trained = train_tokenizer(captions, choice.vocab_size, choice.lowercase).to_str()
     check_losses(config)
     model = build_model(config, trained)

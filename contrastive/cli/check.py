@@ -37,8 +37,11 @@ def run(args: argparse.Namespace) -> int:
     if args.allow_pipe:
         storage.configure(allow_pipe=True)
     index = open_index(args.shards, skip_damaged=args.skip_damaged)
-    if args.html and not Path(args.html).absolute().parent.is_dir():
-        raise UserError(f"--html {args.html}: there is no folder {Path(args.html).absolute().parent}; make it first")
+    for option, target in (("--html", args.html), ("--json", None if args.json == "-" else args.json)):
+        if target and not Path(target).absolute().parent.is_dir():
+            raise UserError(f"{option} {target}: there is no folder {Path(target).absolute().parent}; make it first")
+        if target and Path(target).is_dir():
+            raise UserError(f"{option} {target}: is a folder; name a file")
     if args.full:
         index.verify()
         whole = len(index.shards) - len(index.manifest["damaged"])
@@ -59,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         page = write_contact_sheet(args.html, index, card, str(args.shards))
         print(f"page: {page}", file=sys.stderr if args.json == "-" else sys.stdout)
+    unreadable = sum(card["images"]["unreadable"].values())
+    if unreadable == card["looked_at"]:
+        raise UserError(f"{args.shards}: not one of the {unreadable} images looked at can be decoded")
     return 0
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from contrastive.errors import UserError
+from contrastive.shards.files import read_regular
 from contrastive.shards.record import Part, Record, Source
 
 
@@ -39,22 +40,20 @@ class ImageFolder(Source):
     def _read(self, files: list[Path]) -> Iterator[Record]:
         for file in files:
             name = file.relative_to(self.root)
-            try:
-                image = file.read_bytes()
-            except OSError:  # a broken link, no permission
-                image = None
+            image, fault = read_regular(file)
             yield Record(
                 key=name.as_posix(),
                 image=image,
                 captions=() if self.labelled else _captions(file.with_suffix(".txt")),
                 label=name.parts[0] if self.labelled else None,
+                fault=fault,
             )
 
 
 def _captions(sidecar: Path) -> tuple[str, ...]:
     try:
         text = sidecar.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return ()
     except UnicodeDecodeError:
         raise UserError(f"{sidecar}: not UTF-8; save it as UTF-8") from None

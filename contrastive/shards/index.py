@@ -320,8 +320,9 @@ def _reject_repeated_keys(shards: list[Shard], scans: list[Scan]) -> list[dict[s
 def _tell(shards: list[Shard], damaged: dict[str, str]) -> str:
     first = "; ".join(f"{name}: {what}" for name, what in list(damaged.items())[:5])
     more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+    folder = os.path.dirname(storage.redact(str(shards[0]))) or "."
     return (
-        f"{len(damaged)} of {len(shards)} shards in {os.path.dirname(storage.redact(str(shards[0])))} cannot be used: "
+        f"{len(damaged)} of {len(shards)} shards in {folder} cannot be used: "
         f"{first}{more}; write or copy them again, or leave them out with `contrastive check --skip-damaged`"
     )
 

@@ -130,8 +130,7 @@ def _folder_files(folder: Path) -> list[Path]:
     shards = [p for p in top if p.suffix == ".tar"]
     if shards:
         return shards
-    below = (Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names)
-    images = sorted(p for p in below if _suffix_kind(p) == "images" and not p.name.startswith("."))
+    images = sorted(p for p in _below(folder) if _suffix_kind(p) == "images" and not p.name.startswith("."))
     if images:
         return images
     for kind in ("parquet", "jsonl", "csv"):
@@ -139,6 +138,15 @@ def _folder_files(folder: Path) -> list[Path]:
         if tables:
             return tables
     raise UserError(f"{folder}: no images, tables (.parquet, .csv, .tsv, .jsonl) or .tar shards in this folder")
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files at any depth; a folder that links lead to again is gone through once."""
+    seen: set[str] = set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(at))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(at, name)) not in seen]
+        yield from (Path(at) / name for name in names)
 
 
 def _kind(path: PathLike | Sequence[PathLike], files: list[Path]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from contrastive.errors import UserError
+from contrastive.shards.files import read_regular
 from contrastive.shards.record import Part, Record, Segment, Source
 
 IMAGE_NAMES = (
@@ -38,6 +39,7 @@ CAPTION_NAMES = (
     "sentence",
     "captions",
 )
+ROW_LINES = 200  # of a row of a CSV file, at most; captions may have line breaks
 LABEL_NAMES = ("label_name", "label", "class_name", "class", "category")
 
 
@@ -197,8 +199,25 @@ class CsvSource(TableSource):
 
     def _split(self, lines: Lines) -> Iterator[list[str]]:
         csv.field_size_limit(1 << 24)  # the default of 128 KiB is a limit on captions
+        raw: list[str] = []  # the lines of one row
+
+        def noted() -> Iterator[str]:
+            for line in lines:
+                raw.append(line)
+                yield line
+
+        begins = lines.at
         try:
-            yield from csv.reader(lines, delimiter=self.separator)
+            for row in csv.reader(noted(), delimiter=self.separator):
+                # a quote that is never closed makes one caption of all rows up to the next one, or to the end
+                if len(raw) > ROW_LINES or (len(raw) > 1 and "".join(raw).count('"') % 2):
+                    raise UserError(
+                        f"{lines.path}: the row from byte {begins:,} on goes over {len(raw):,} lines: a quote is not "
+                        "closed; close it, or double the quotes that belong to the text"
+                    )
+                yield row
+                raw.clear()
+                begins = lines.at
         except csv.Error as fault:
             raise UserError(f"{lines.path}: not readable as CSV near byte {lines.at:,} ({_one_line(fault)})") from None
 
@@ -231,7 +250,9 @@ class JsonLinesSource(TableSource):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as fault:
-                raise UserError(f"{lines}is not JSON ({_one_line(fault)})") from None
+                what = "nested too deeply" if isinstance(fault, RecursionError) else _one_line(fault)
+                what = "a number of too many digits" if "set_int_max_str_digits" in what else what
+                raise UserError(f"{lines}is not JSON ({what})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{lines}is not a JSON object")
             yield row
@@ -251,7 +272,7 @@ class Lines:
 
     def __next__(self) -> str:
         if not self._waiting:
-            line = self._file.readline()
+            line = b"" if self._file.closed else self._file.readline()
             if not line:
                 self._file.close()
                 raise StopIteration
@@ -300,7 +321,7 @@ def _image(table: Path, value: Any, allow_outside: bool) -> tuple[bytes | None, 
         path = os.path.realpath(os.path.join(folder, value.strip()))
         if not allow_outside and os.path.commonpath([folder, path]) != folder:
             return None, "path outside the table's folder"
-        return Path(path).read_bytes(), None
+        return read_regular(Path(path))
     except (OSError, ValueError):
         return None, None
 

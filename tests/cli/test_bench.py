@@ -43,7 +43,13 @@ def test_workers_wanted_are_the_models_pace_over_that_of_one_worker() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["nowhere"], "nowhere"), (["X", "--seconds", "0"], "--seconds 0"), (["X", "--workers", "-1"], "-1")],
+    [
+        (["nowhere"], "nowhere"),
+        (["X", "--seconds", "0"], "--seconds 0"),
+        (["X", "--workers", "-1"], "-1"),
+        (["X", "--seconds", "nan"], "--seconds nan"),
+        (["X", "--size", "0"], "--size 0"),
+    ],
 )
 def test_a_mistake_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
