@@ -1,13 +1,15 @@
 """The linear probe's sweeps beside scikit-learn's: same features, same strengths, same gap to the optimum.
 
-    python benchmarks/probe.py             prints tables, writes benchmarks/results/probe.json
+    python benchmarks/probe.py                                    prints tables, writes benchmarks/results/probe.json
+    python benchmarks/probe.py --sets fashion --sweeps dinov2     one row; the file keeps the others
 
 Sets: the 10,000 training images of data/fashion-mnist as 1,280 random ReLU features of their pixels (nobody trained
 them: they cost no tower and are as ill-conditioned as a tower's), and 100 made classes of 5,000 samples, 512 wide.
 Sweeps: `clip`, 96 strengths from 1e-6 to 1e6, and `dinov2`, 45 from 1e-6 to 1e5; all of ours.
 
 scikit-learn fits one strength after the other; of its strengths one in `--every` is fitted, the first and the last
-among them, in float32 and starting from the one before (less near than the neighbour would be), and its time is that of
+among them, in float32 (float64 where it stops short in float32) and
+starting from the one before (less near than the neighbour would be), and its time is that of
 all of them, by interpolation.
 "default": its own tol 1e-4 and 100 iterations. "same gap": the loosest of a ladder of tolerances with which it comes as
 close to the optimum as ours, per strength (or to 1e-6); only the time of that fit counts, not the search for it. A gap
@@ -17,6 +19,7 @@ set by set and, within scikit-learn, strength by strength. Keep the machine idle
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -38,13 +41,14 @@ from contrastive.evaluation.softmax import SoftmaxRegression, Solutions
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "probe.json"
+PLAIN = 300  # iterations of L-BFGS without a preconditioner, at most
 LADDER = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # of scikit-learn's tol
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=12, help="fit one strength in n with scikit-learn")
-    parser.add_argument("--limit", type=float, default=60, help="seconds for one fit of scikit-learn's")
+    parser.add_argument("--limit", type=float, default=30, help="seconds for one fit of scikit-learn's")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of ours: a bound of the gap")
     parser.add_argument("--samples", type=int, default=0, help="of each set, fewer for a trial; 0: all")
     parser.add_argument("--sets", nargs="+", default=["fashion", "hundred"])
@@ -60,15 +64,18 @@ def main() -> None:
         "torch": torch.__version__,
         "rows": [],
     }
+    output = Path(arguments.output)
+    kept = json.loads(output.read_text())["rows"] if output.exists() else []
     for name in arguments.sets:
         features, target = makers[name]()
         if arguments.samples:
             features, target = features[: arguments.samples], target[: arguments.samples]
         for sweep in arguments.sweeps:
             row = {"set": name, "sweep": sweep} | compare(features, target, PRESETS[sweep], arguments)
-            document["rows"].append(row)
+            kept = [one for one in kept if (one["set"], one["sweep"]) != (name, sweep)]
+            kept.append(row | {key: document[key] for key in ("every", "limit", "tolerance", "load")})
             print(line(row), flush=True)
-            Path(arguments.output).write_text(json.dumps(document, indent=1) + "\n")
+            output.write_text(json.dumps(document | {"rows": kept}, indent=1) + "\n")
 
 
 def compare(
@@ -84,7 +91,7 @@ def compare(
     fits = max(2, len(strengths) // arguments.every)
     chosen = np.unique(np.linspace(0, len(strengths) - 1, fits).round().astype(int)).tolist()  # both ends among them
     exact = solve(problem, [strengths[p] for p in chosen], 1e-7, polish=True, max_iter=3000)
-    plain = solve(problem, [strengths[p] for p in chosen], arguments.tolerance, precondition=False, max_iter=1000)
+    plain = solve(problem, [strengths[p] for p in chosen], arguments.tolerance, precondition=False, max_iter=PLAIN)
     few = solve(problem, [strengths[p] for p in chosen], arguments.tolerance)
     entries = []
     model: dict[str, LogisticRegression] = {}
@@ -94,12 +101,14 @@ def compare(
         entry["iterations"] = {"with": int(few.iterations_P[place]), "without": int(plain.iterations_P[place])}
         default, _ = fit(LogisticRegression(C=strengths[p], warm_start=True), model, "default", features, target)
         entry["default"] = default | {"gap": default.pop("objective") / optimum - 1}
-        for tolerance in LADDER:
+        # in float32 its line search may give up short of the optimum, at any tolerance: then float64
+        for precision, tolerance in itertools.product((np.float32, np.float64), LADDER):
             other = LogisticRegression(C=strengths[p], tol=tolerance, max_iter=100_000, warm_start=True)
-            found, done = fit(other, model, "same", features, target, arguments.limit)
+            found, done = fit(other, model, "same", features.astype(precision), target, arguments.limit)
             gap = found.pop("objective") / optimum - 1
-            entry["same"] = found | {"tol": tolerance, "gap": gap, "reached": done and gap <= max(entry["gap"], 1e-6)}
-            if entry["same"]["reached"] or not done:
+            reached = done and gap <= max(entry["gap"], 1e-6)
+            entry["same"] = found | {"tol": tolerance, "gap": gap, "reached": reached, "precision": precision.__name__}
+            if reached or not done:
                 break
         model["same"] = other
         entries.append(entry)
@@ -123,6 +132,7 @@ def compare(
         "default_largest_gap": max(entry["default"]["gap"] for entry in entries),
         "iterations_with": sum(entry["iterations"]["with"] for entry in entries),
         "iterations_without": sum(entry["iterations"]["without"] for entry in entries),
+        "without_cut_off": sum(entry["iterations"]["without"] >= PLAIN for entry in entries),
         "fitted": entries,
     }
 
@@ -212,7 +222,8 @@ def line(row: dict[str, Any]) -> str:
         f"gap <= {row['largest_gap']:.1e}; scikit-learn at the same gap {bound}{row['same_seconds']:.0f} s "
         f"({bound}{row['same_ratio']:.1f}x), at its default {row['default_seconds']:.0f} s "
         f"({row['default_ratio']:.1f}x), gap {row['default_largest_gap']:.1e}; iterations "
-        f"{row['iterations_with']:,} with, {row['iterations_without']:,} without the preconditioner; "
+        f"{row['iterations_with']:,} with, {row['iterations_without']:,} without the preconditioner "
+        f"({row['without_cut_off']} of {len(row['fitted'])} cut off there); "
         f"{100 * row['gemm_share']:.0f} % of {row['gemm_gflops']:.0f} GFLOP/s"
     )
 

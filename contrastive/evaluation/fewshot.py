@@ -146,6 +146,7 @@ def _regress(
             np.repeat(grid, folds).tolist(),
             weight=np.broadcast_to(kept_NP, (seeds, *kept_NP.shape)),
             tolerance=1e-4,
+            max_iter=300,
             polish=False,
         )
         assert isinstance(found, list)
@@ -157,9 +158,13 @@ def _regress(
                 logits = shot_GND[seed, out] @ one.coef_PKD[p].T + one.intercept_PK[p]
                 logits_SNK[p // folds, out] = logits if prior_GNK is None else logits + prior_GNK[seed, out]
             picked.append(_best(logits_SNK, target_N))
-    whole = problem.solve(grid, tolerance=1e-6)
+    chosen = sorted(set(picked))  # by any seed
+    whole = problem.solve([grid[p] for p in chosen], tolerance=1e-5, polish=False)
     assert isinstance(whole, list)
-    logits = [test @ one.coef_PKD[p].T + one.intercept_PK[p] for one, p in zip(whole, picked, strict=True)]
+    logits = [
+        test @ one.coef_PKD[chosen.index(p)].T + one.intercept_PK[chosen.index(p)]
+        for one, p in zip(whole, picked, strict=True)
+    ]
     if prior_MK is not None:
         logits = [one + prior_MK for one in logits]
     return logits, [float(grid[p]) for p in picked]

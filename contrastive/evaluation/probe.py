@@ -24,8 +24,8 @@ PRESETS = {
     # Oquab et al. 2024, DINOv2's eval/log_regression.py: C_POWER_RANGE = linspace(-6, 5, 45)
     "dinov2": tuple(float(c) for c in np.logspace(-6, 5, 45)),
 }
-COARSE = tuple(10.0**power for power in range(-4, 7, 2))  # of "default"
-FINE_STEPS = (1.0, 0.5, 0.25)  # of a factor of ten: the ladder ends at a factor of 1.8
+COARSE = tuple(10.0**power for power in range(-4, 7))  # of "default"
+FINE_STEPS = (0.5, 0.25)  # of a factor of ten: the ladder ends at a factor of 1.8
 SWEEP_TOLERANCE = 1e-4  # enough to rank strengths; the refit goes on to `tol`
 
 
@@ -38,7 +38,7 @@ class LinearProbe(Estimator):
 
     C: a number; a sequence of numbers to choose among; or a preset:
         "clip": 96 strengths from 1e-6 to 1e6 (Radford et al. 2021). "dinov2": 45 from 1e-6 to 1e5 (Oquab et al. 2024).
-        "default", or None: from 1e-4 to 1e6, first in steps of a factor of 100, then halving the step around the
+        "default", or None: from 1e-4 to 1e6, first in steps of a factor of 10, then halving the step around the
         best one down to a factor of 1.8. The coarse sweep stops when both accuracy and cross-entropy get worse:
         larger C only fit the noise more closely, and slowly.
         A warning is given when the best strength is the smallest or the largest that was allowed.

@@ -36,6 +36,7 @@ ROUNDS = (12, 30, 60)  # iterations before the features are rotated again; the l
 TOGETHER = 16  # problems that share a weighted rotation: neighbours in strength
 UNCERTAIN = 0.6  # share of the samples that the uncertainty rests on, below which a rotation pays
 PROMISE = 1e-8  # of a step in float32, below which float64 takes over
+QUICK = 60  # iterations of L-BFGS before Newton's method takes over
 MOST = 4e7  # logits held at a time: 160 MB in float32
 
 
@@ -131,7 +132,7 @@ class SoftmaxRegression:
         if start is not None:
             work.start_from(*(torch.as_tensor(np.asarray(part), dtype=torch.float64) for part in start))
         if weight is None and precondition and not self.grouped:
-            work.follow(tolerance, max_iter, coarse_to_fine, started=start is not None)
+            work.follow(tolerance, max_iter, coarse_to_fine, started=start is not None, polish=polish)
             return work.solutions()[0]
         precisions = (torch.float32, torch.float64) if polish else (torch.float32,)
         for dtype in precisions:
@@ -193,9 +194,15 @@ class _Work:
                         share[i] *= (place[p] - x[j]) / (x[i] - x[j])
             self.point_GAKP[..., p] = self.point_GAKP[..., near] @ share
 
-    def follow(self, tolerance: float, max_iter: int, coarse_to_fine: bool, started: bool) -> None:
-        """Newton's method from one strength to the next, on features that are in memory once."""
+    def follow(self, tolerance: float, max_iter: int, coarse_to_fine: bool, *, started: bool, polish: bool) -> None:
+        """From one strength to the next on features that are in memory once: L-BFGS where that is quick, else Newton.
+
+        Strong penalties and well-conditioned features take L-BFGS some twenty iterations, a fraction of what one block
+        of the Hessian costs. From the first strength on for which `QUICK` iterations do not do, it is not tried.
+        """
         problem, path = self.problem, Path()
+        dtype = torch.float64 if polish else torch.float32
+        features, hard = problem.rotated_GNR.to(dtype), float("inf")
         levels = _levels(self.strength_P) if coarse_to_fine else [self.strength_P.argsort()]
         done: list[int] = []
         for level in levels:
@@ -206,21 +213,32 @@ class _Work:
             for p in level.tolist():
                 if done and not interpolated:
                     self.point_GAKP[..., p] = self.point_GAKP[..., done[-1]]
-                batch = Batch(
-                    problem.rotated_GNR,
-                    problem.target,
-                    problem.sigmoid,
-                    self.strength_P[[p]],
-                    self.point_GAKP[..., [p]],
-                    None,
-                    problem.offset,
-                    problem.free_intercept,
-                )
+                done.append(p)
+                if self.strength_P[p] < hard and self._quick(p, features, tolerance, min(QUICK, max_iter)):
+                    continue
+                hard = min(hard, float(self.strength_P[p]))
+                batch = self._one(p, problem.rotated_GNR)
                 count, _ = newton(batch, path, tolerance, max_iter)
                 self.point_GAKP[..., p] = batch.point_GAKP[..., 0]
-                self.iterations_GP[:, p] = count
+                self.iterations_GP[:, p] += count
                 self.flops += batch.flops
-                done.append(p)
+
+    def _quick(self, p: int, features: Tensor, tolerance: float, max_iter: int) -> bool:
+        """Move problem `p` by L-BFGS; whether that was enough."""
+        batch = self._one(p, features)
+        promise = PROMISE if features.dtype == torch.float32 else 0.0
+        count_GP, done_P = minimise(batch, self.problem.power_GR, tolerance, max_iter, promise)
+        self.flops += batch.flops
+        self.iterations_GP[:, p] += count_GP[:, 0]
+        if batch.point_GAKP.isfinite().all():
+            self.point_GAKP[..., p] = batch.point_GAKP[..., 0].double()
+        return bool(done_P[0])
+
+    def _one(self, p: int, features: Tensor) -> Batch:
+        problem, dtype = self.problem, features.dtype
+        offset = None if problem.offset is None else problem.offset.to(dtype)
+        strength, point = self.strength_P[[p]].to(dtype), self.point_GAKP[..., [p]].to(dtype)
+        return Batch(features, problem.target, problem.sigmoid, strength, point, None, offset, problem.free_intercept)
 
     def run(self, columns: Tensor, tolerance: float, promise: float, max_iter: int, dtype: torch.dtype) -> None:
         """Move problems `columns` to their optimum: rounds of L-BFGS, each on features rotated for what is left."""

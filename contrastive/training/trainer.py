@@ -235,8 +235,8 @@ class Trainer:
         row |= {"train/lr_factor": window.lr_factor, "train/pairs_per_second": rate, "train/data_wait": wait}
         row |= {"train/samples": float(self.step * self.global_batch), "train/seconds": self.seconds}
         row |= {f"train/rejected_{reason.replace(' ', '_')}": float(n) for reason, n in self.skips.counts.items()}
-        tracker.log(self.step, row)
         row["train/skipped_steps"] = float(self.skipped)
+        tracker.log(self.step, row)
         progress.update(self.step, share, self.seconds, rate, wait, values.get("loss", math.nan))
         if not math.isfinite(values.get("loss", 0.0)):  # with gradients that are
             raise NonFinite(

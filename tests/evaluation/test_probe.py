@@ -183,8 +183,8 @@ def test_the_curve_is_what_scikit_learn_measures_on_the_validation_part():
 
 def test_a_best_strength_at_the_border_is_warned_of():
     features, target = load_digits(return_X_y=True)
-    with pytest.warns(UserWarning, match="1e-09, is the largest"):
-        LinearProbe([1e-12, 1e-9]).fit(features[:300], target[:300])
+    with pytest.warns(UserWarning, match="is the largest that was tried"):
+        LinearProbe([1e-12, 1e-6]).fit(features[:300], target[:300])
 
 
 def test_a_fit_that_ends_early_says_so():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from contrastive.errors import UserError
 from contrastive.pretrain import pretrain
@@ -34,11 +33,13 @@ def train(
     note_steps(run_dir / f"seen-{rank}.jsonl")
     if fault is not None:
         globals()[fault[0]](rank, fault[1])
+    ended: dict[str, Any] = {"error": None}
     try:
-        done = pretrain(config, quiet=True, resume=resume)
-        return {"error": None, "complete": done is not None}
+        ended["complete"] = pretrain(config, quiet=True, resume=resume) is not None
     except UserError as error:
-        return {"error": str(error), "complete": False}
+        ended = {"error": str(error), "complete": False}
+    (run_dir / f"ended-{rank}.json").write_text(json.dumps(ended))
+    return ended
 
 
 def ends(
@@ -255,5 +256,17 @@ def stop_process(rank: int, what: tuple[int, int]) -> None:
         before_step(what[0], lambda: send(signal.SIGSTOP))
 
 
-def leave_group(rank: int, number: int) -> None:
-    before_step(number, dist.destroy_process_group)
+def other_recipe(rank: int, key: str) -> None:
+    """Rank 1 was started with another value of a key."""
+    from contrastive import pretrain as room
+
+    if rank == 1:
+        plain = room.check_same_recipe
+
+        def check(config: Any, accelerator: Any) -> None:
+            block, name = key.split(".")
+            part = getattr(config, block)
+            changed = part.model_copy(update={name: type(getattr(part, name))(1)})
+            plain(config.model_copy(update={block: changed}), accelerator)
+
+        room.check_same_recipe = check

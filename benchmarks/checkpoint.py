@@ -1,0 +1,111 @@
+"""What a checkpoint costs: the step's stall, and the time until it is on the disk, beside others' ways of saving.
+
+    python benchmarks/checkpoint.py             prints a table, writes benchmarks/results/checkpoint.json
+
+A ViT-S/32 image tower and a text tower of 12 layers (with AdamW's moments, three numbers a weight) are saved in turn:
+"stall" is what training waits for (`take_snapshot`: the copy), "whole" the time until a committed checkpoint is there
+(copy, SHA-256 of every file, fsync of files and folders, rename); `torch.save` writes one file of the same state and
+syncs it, accelerate's `save_state` writes its folder (its files are synced here too, for a fair end), "disk" writes as
+many bytes from memory into one file and syncs it. Medians. The folder lies where `--folder`
+says. Keep the machine idle.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import torch
+from accelerate import Accelerator
+
+from contrastive.training import adamw
+from contrastive.training.checkpoint import take_snapshot, write_checkpoint
+
+RESULTS = Path(__file__).resolve().parent / "results" / "checkpoint.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path("build"))
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    root = Path(tempfile.mkdtemp(dir=arguments.folder))
+    accelerator = Accelerator(cpu=True)
+    model = open_clip.create_model("ViT-S-32")
+    optimizer = adamw(model, lr=1e-4, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-8)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    state = {"step": 1}
+    size = sum(
+        t.numel() * t.element_size() for files in _tensors(accelerator, model, optimizer) for t in files.values()
+    )
+    noise = os.urandom(1 << 24)
+
+    def snapshot() -> None:
+        take_snapshot(accelerator, model, optimizer, None, state)
+
+    def whole() -> None:
+        write_checkpoint(root / "ours", take_snapshot(accelerator, model, optimizer, None, state))
+
+    def torch_save() -> None:
+        with open(root / "torch.pt", "wb") as file:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save_state() -> None:
+        accelerator.save_state(str(root / "accelerate"))
+        for path in (root / "accelerate").rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+
+    def disk() -> None:
+        with open(root / "disk", "wb", buffering=0) as file:
+            for _ in range(size // len(noise)):
+                file.write(noise)
+            os.fsync(file.fileno())
+
+    ways: dict[str, Callable[[], None]] = {
+        "stall": snapshot, "whole": whole, "torch.save": torch_save, "save_state": save_state, "disk": disk
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(arguments.turns + 1):
+        for name, call in ways.items():
+            for left in root.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            os.sync()
+            started = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    shutil.rmtree(root)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    document = {
+        "mb": size / 1e6, "turns": arguments.turns, "seconds": medians,
+        "stall_of_whole": medians["stall"] / medians["whole"],
+        "whole_of_disk": medians["whole"] / medians["disk"],
+        "whole_of_torch_save": medians["whole"] / medians["torch.save"],
+        "whole_of_save_state": medians["whole"] / medians["save_state"],
+    }  # fmt: skip
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"{size / 1e6:,.0f} MB")
+    for name, taken in medians.items():
+        print(f"{name:11} {taken:6.2f} s  {size / 1e6 / taken:7,.0f} MB/s  {taken / medians['disk']:5.2f} x the disk's")
+
+
+def _tensors(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list:
+    return list(take_snapshot(accelerator, model, optimizer, None, {"step": 1}).tensors.values())
+
+
+if __name__ == "__main__":
+    main()
