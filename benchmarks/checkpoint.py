@@ -3,11 +3,11 @@
     python benchmarks/checkpoint.py             prints a table, writes benchmarks/results/checkpoint.json
 
 A ViT-S/32 image tower and a text tower of 12 layers (with AdamW's moments, three numbers a weight) are saved in turn:
-"stall" is what training waits for (`take_snapshot`: the copy), "whole" the time until a committed checkpoint is there
-(copy, SHA-256 of every file, fsync of files and folders, rename); `torch.save` writes one file of the same state and
-syncs it, accelerate's `save_state` writes its folder (its files are synced here too, for a fair end), "disk" writes as
-many bytes from memory into one file and syncs it. Medians. The folder lies where `--folder`
-says. Keep the machine idle.
+"stall" is what training waits for (`take_snapshot`: the copy, from the second save on), "whole" the time until a
+committed checkpoint is there (copy, SHA-256 of every file, fsync of files and folders, rename); `torch.save` writes
+one file of the same state and syncs it, accelerate's `save_state` writes its folder (its files are synced here too, for
+a fair end), "disk" writes as many bytes from memory into one file and syncs it. Medians. The folder lies where
+`--folder` says. Keep the machine idle.
 """
 
 import argparse
@@ -50,11 +50,13 @@ def main() -> None:
     )
     noise = os.urandom(1 << 24)
 
+    spare = take_snapshot(accelerator, model, optimizer, None, state)  # a run's first save finds none
+
     def snapshot() -> None:
-        take_snapshot(accelerator, model, optimizer, None, state)
+        take_snapshot(accelerator, model, optimizer, None, state, spare)
 
     def whole() -> None:
-        write_checkpoint(root / "ours", take_snapshot(accelerator, model, optimizer, None, state))
+        write_checkpoint(root / "ours", take_snapshot(accelerator, model, optimizer, None, state, spare))
 
     def torch_save() -> None:
         with open(root / "torch.pt", "wb") as file:

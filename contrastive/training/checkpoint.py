@@ -5,7 +5,7 @@
 ``model``, ``optimizer``, ``loss`` (where the loss keeps something from step to step)
 ``random_<rank>``: the generators of each process
 ``state.json``: the step, the position in the data, counters, and what the run is (see `check_identity`)
-``manifest.json``: size and SHA-256 of each of these files
+``manifest.json``: size of each of these files, and SHA-256 of each 16 MiB of them
 
 A folder is written aside as ``.partial_step_<n>``, every file of it is on the disk (fsync) before its one rename to its
 name, and older ones go only after that. So there is no moment at which a kill, a crash or a full disk costs the newest
@@ -36,7 +36,7 @@ from contrastive.errors import UserError
 from contrastive.training.randomness import random_state, restore_random_state
 
 MANIFEST, STATE = "manifest.json", "state.json"
-PIECE = 1 << 24  # bytes that are written while the piece before is hashed
+PIECE = 1 << 24  # bytes that are hashed together
 
 
 @dataclass
@@ -56,9 +56,17 @@ class Snapshot:
 
 
 def take_snapshot(
-    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, loss: nn.Module | None, state: dict[str, Any]
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss: nn.Module | None,
+    state: dict[str, Any],
+    spare: Snapshot | None = None,
 ) -> Snapshot:
-    """Copy all that a checkpoint holds; all processes call it, the main one keeps it."""
+    """Copy all that a checkpoint holds; all processes call it, the main one keeps it.
+
+    spare: an earlier one that nobody needs any more; its memory is used again, which halves the time.
+    """
     generators = gather_object([random_state()])
     if not accelerator.is_main_process:
         return Snapshot()
@@ -76,13 +84,19 @@ def take_snapshot(
         tensors["loss"] = loss.state_dict()
     if accelerator.scaler is not None:
         state = {**state, "scaler": accelerator.scaler.state_dict()}
+    old = {} if spare is None else spare.tensors
     return Snapshot(
         state,
-        {file: {key: _copy(value) for key, value in values.items()} for file, values in tensors.items()},
+        {
+            file: {key: _copy(value, old.get(file, {}).get(key)) for key, value in values.items()}
+            for file, values in tensors.items()
+        },
     )
 
 
-def _copy(value: Tensor) -> Tensor:
+def _copy(value: Tensor, spare: Tensor | None) -> Tensor:
+    if spare is not None and spare.shape == value.shape and spare.dtype == value.dtype:
+        return spare.copy_(value.detach())
     return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
@@ -100,9 +114,9 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     try:
         files = {}
         for name, tensors in snapshot.tensors.items():
-            files[f"{name}.safetensors"] = _write(partial / f"{name}.safetensors", safetensors.torch.save(tensors))
-        files[STATE] = _write(partial / STATE, _json(snapshot.state))
-        _write(partial / MANIFEST, _json({"version": 1, "files": files}))
+            files[f"{name}.safetensors"] = _write_tensors(partial / f"{name}.safetensors", tensors)
+        files[STATE] = _write_json(partial / STATE, snapshot.state)
+        _write_json(partial / MANIFEST, {"version": 1, "piece": PIECE, "files": files})
         _sync_folder(partial)
         if target.exists():  # damaged, or it would have been kept
             shutil.rmtree(target)
@@ -114,23 +128,34 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     return target
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+def _write_json(path: Path, value: Any) -> dict[str, Any]:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+    return _seal(path)
 
 
-def _write(path: Path, data: bytes) -> dict[str, Any]:
-    """Write a file through to the disk, hashing on another core meanwhile; its entry in the manifest."""
-    digest, view = hashlib.sha256(), memoryview(data)
-    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        hashed = pool.submit(digest.update, b"")
-        for start in range(0, len(view), PIECE):
-            piece = view[start : start + PIECE]
-            hashed = pool.submit(digest.update, piece)
-            while len(piece):
-                piece = piece[file.write(piece) :]
-        os.fsync(file.fileno())
-        hashed.result()
-    return {"bytes": len(data), "sha256": digest.hexdigest()}
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    safetensors.torch.save_file(tensors, path)
+    return _seal(path)
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Bring a file to the disk, hashing meanwhile; its entry in the manifest."""
+    with open(path, "rb") as file, ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(os.fsync, file.fileno())
+        entry = _entry(file.fileno())
+        synced.result()
+    return entry
+
+
+def _entry(handle: int) -> dict[str, Any]:
+    """Size of an open file, and the SHA-256 of each of its pieces: of one alone, one core would be the bottleneck."""
+    size = os.fstat(handle).st_size
+
+    def hashed(start: int) -> str:
+        return hashlib.sha256(os.pread(handle, PIECE, start)).hexdigest()
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return {"bytes": size, "sha256": list(pool.map(hashed, range(0, size, PIECE)))}
 
 
 def _sync_folder(folder: Path) -> None:
@@ -158,10 +183,11 @@ def fault_in(path: Path) -> str | None:
     try:
         files = json.loads((path / MANIFEST).read_bytes())["files"]
         for name, entry in files.items():
-            file = path / name
-            if file.stat().st_size != entry["bytes"]:
-                return f"{name} has {file.stat().st_size:,} bytes in place of {entry['bytes']:,}"
-            if _sha256(file) != entry["sha256"]:
+            with open(path / name, "rb") as file:
+                found = _entry(file.fileno())
+            if found["bytes"] != entry["bytes"]:
+                return f"{name} has {found['bytes']:,} bytes in place of {entry['bytes']:,}"
+            if found["sha256"] != entry["sha256"]:
                 return f"{name} is not what was written (sha256)"
     except FileNotFoundError as fault:
         return f"{Path(fault.filename).name} is missing"
@@ -170,14 +196,6 @@ def fault_in(path: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:

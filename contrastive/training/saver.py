@@ -21,6 +21,7 @@ class Saver:
         folder: of the checkpoints.
         keep: the newest ones that stay; keep_every: those of every so many steps stay too, as does the best one.
 
+    spare: the latest snapshot; once `finish` returns its memory can be used again.
     failed: why a checkpoint could not be written; the run saves nothing more then. saved_step: of the newest that was.
     """
 
@@ -28,12 +29,14 @@ class Saver:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self.failed: str | None = None
         self.saved_step = 0
+        self.spare: Snapshot | None = None
         self._best: tuple[int, float] | None = None
         self._writing: threading.Thread | None = None
 
     def save(self, snapshot: Snapshot) -> None:
         """Begin to write `snapshot`."""
         self.finish()
+        self.spare = snapshot
         # no daemon: Python waits for it at exit
         self._writing = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._writing.start()

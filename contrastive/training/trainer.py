@@ -281,7 +281,9 @@ class Trainer:
         loader = {**self._loader.state(self.step), "counters": self.skips.state()}
         skipped = {"skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
         state = {"step": self.step, "seconds": self.seconds, **skipped, **self.identity, "loader": loader}
-        snapshot = take_snapshot(self.accelerator, self.model, self.optimizer, self.loss, state)
+        self.saver.finish()
+        spare = self.saver.spare
+        snapshot = take_snapshot(self.accelerator, self.model, self.optimizer, self.loss, state, spare)
         if self.accelerator.is_main_process:
             self.saver.save(snapshot)
         self._saved_step = self.step
