@@ -128,3 +128,17 @@ def test_table_of_the_loaders_speed_is_what_the_benchmark_wrote() -> None:
             rate, times = f"{row['samples_per_second']:,.0f}", f"{row['of_open_clip']:.2f}"
             expected.append([case, system, rate, times, share, memory])
     assert table_after("experiments.md", "case | system") == expected
+
+
+def test_table_of_the_losses_on_a_gpu_is_what_the_benchmark_wrote() -> None:
+    expected = []
+    for row in results("losses_gpu")["rows"]:
+        peer = "open_clip_seconds" in row
+        expected.append([
+            row["loss"], f"{row['pairs']:,}", "TF32" if row["tf32"] else "float32",
+            f"{1e3 * row['open_clip_seconds']:.1f}" if peer else "", f"{1e3 * row['ours_seconds']:.1f}",
+            f"{row['times_as_fast']:.2f}" if peer else "",
+            f"{row['open_clip_mib']:,.0f}" if peer else "", f"{row['ours_mib']:,.0f}",
+            f"{row['memory_share']:.1%}".replace("%", " %") if peer else "",
+        ])  # fmt: skip
+    assert table_after("experiments.md", "loss | pairs | products") == expected
