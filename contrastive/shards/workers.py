@@ -182,8 +182,9 @@ def _work(items: Items, pipe: Connection, slots: list[torch.Tensor]) -> None:
     os.nice(5)  # and goes first: on few cores a step waits for its slowest thread, and working ahead hides ours
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
     # The main process decides how to end on Ctrl-C or a scheduler's signal, and may still want batches.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # not everywhere
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     while True:

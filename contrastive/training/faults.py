@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # SLURM's and a cloud's warnings come as SIGUSR1 or SIGTERM
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 @contextmanager

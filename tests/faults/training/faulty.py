@@ -16,6 +16,7 @@ from contrastive.pretrain import pretrain
 from contrastive.training import checkpoint, step
 from contrastive.training.trainer import Trainer
 from tests.distributed import spawn
+from tests.faults.shards.faulty import children
 from tests.tiny import tiny_config
 
 STEPS = 12
@@ -157,6 +158,18 @@ def signal_at(rank: int, what: tuple[int, int, list[int]]) -> None:
     number, at, ranks = what
     if rank in ranks:
         before_step(at, lambda: send(number))
+
+
+def signal_to_all(rank: int, number: int) -> None:
+    """To the rank and to the workers of its loader, as a scheduler sends it."""
+
+    def action() -> None:
+        workers = children(os.getpid())
+        assert workers
+        for process in [*workers, os.getpid()]:
+            os.kill(process, number)
+
+    before_step(4, action)
 
 
 def signal_twice(rank: int, at: int) -> None:

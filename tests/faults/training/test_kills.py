@@ -86,6 +86,16 @@ def test_a_signal_to_any_rank_stops_all_behind_the_step_with_a_checkpoint(
     assert_as_if_nothing_had_happened(tmp_path, undisturbed)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_that_workers_get_too_does_not_end_them(
+    tmp_path: Path, corpus: Path, undisturbed: Path, number: signal.Signals
+) -> None:
+    assert ends(2, tmp_path, corpus, "data.workers=1", fault=("signal_to_all", number)) == [0, 0]
+    assert steps_saved(tmp_path)[-1] == "step_6"
+    assert ends(2, tmp_path, corpus, "data.workers=1") == [0, 0]
+    assert_as_if_nothing_had_happened(tmp_path, undisturbed)
+
+
 def test_more_signals_change_nothing(tmp_path: Path, corpus: Path, undisturbed: Path) -> None:
     assert ends(2, tmp_path, corpus, fault=("signal_twice", 4)) == [0, 0]
     assert steps_saved(tmp_path)[-1] == "step_6"
