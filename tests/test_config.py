@@ -21,6 +21,10 @@ from contrastive.config import (
 )
 from contrastive.errors import UserError
 
+PERIOD = (
+    "expected a number of steps, a share of the run such as 5%, or a text such as 10m (s, m, h), 1 epoch or 50000 "
+    "samples, above 0 and at most 100%"
+)
 MINIMAL = "data: {train: shards}\ntrain: {epochs: 1}\n"
 
 
@@ -237,7 +241,7 @@ SETS = (
         ("modle.dim=3", "modle: unknown key (value {\"dim\": 3}). Did you mean 'model'?"),
         ("train.lr=3", "train.lr: unknown key (value 3). Did you mean 'optim.lr'?"),
         ("loss.margin=0.2", "loss.margin: unknown key (value 0.2). Only kind margin has it"),
-        ("checkpoint.zzz=1", "checkpoint.zzz: unknown key (value 1). Valid: every, keep"),
+        ("checkpoint.zzz=1", "checkpoint.zzz: unknown key (value 1). Valid: every, keep, keep_every, keep_best"),
         ("track.trackers=[a]", 'track.trackers: unknown key (value ["a"]). Valid: with, log_every'),
         ("optim.lr=fast", 'optim.lr: expected a number (value "fast")'),
         ("optim.lr=0", "optim.lr: expected a number above 0 (value 0)"),
@@ -252,8 +256,8 @@ SETS = (
         ("data.window=0", "data.window: expected a number of at least 1 or null (value 0)"),
         ("data.max_skip_rate=2", "data.max_skip_rate: expected a number of at most 1 (value 2)"),
         ("data.timeout=0", "data.timeout: expected a number above 0 (value 0)"),
-        ("checkpoint.every=x", 'checkpoint.every: expected a whole number or null (value "x")'),
-        ("checkpoint.every=0", "checkpoint.every: expected a number of at least 1 or null (value 0)"),
+        ("checkpoint.every=x", f'checkpoint.every: {PERIOD} (value "x")'),
+        ("checkpoint.every=0", f"checkpoint.every: {PERIOD} (value 0)"),
         ("train.chunk=0", "train.chunk: expected a number of at least 1 or null (value 0)"),
         ("optim.betas=[0.9]", "optim.betas: expected a list of 2 values"),
         ("optim.betas=[1, 2, 3]", "optim.betas: expected a list of 2 values (value [1, 2, 3])"),
@@ -272,14 +276,11 @@ SETS = (
             "optim.warmup: expected a number of steps or a share of the run such as 5%, "
             'at least 0 and at most 100% (value "150%")',
         ),
-        (
-            "eval.every=0%",
-            "eval.every: expected a number of steps or a share of the run such as 5%, "
-            'above 0 and at most 100% (value "0%")',
-        ),
+        ("eval.every=0%", f'eval.every: {PERIOD} (value "0%")'),
+        ("checkpoint.every=10 minutes", f'checkpoint.every: {PERIOD} (value "10 minutes")'),
         ("loss=[{kind: infonce, tiles: 1}]", "loss[0].tiles: unknown key (value 1). Did you mean 'tile'?"),
         ("loss=[{kind: infonc}]", "loss[0].kind: unknown kind (value \"infonc\"). Did you mean 'infonce'?"),
-        ("loss=[{label_smoothing: 1}]", "loss[0].label_smoothing: expected a number below 1 (value 1)"),
+        ("loss=[{label_smoothing: 1}]", "loss[0].label_smoothing: expected a number of at most 0.999 (value 1)"),
         ("loss=[3]", "loss[0]: expected a block of keys (value 3)"),
         ("loss=[]", "loss: expected a list that is not empty (value [])"),
         (
@@ -287,7 +288,7 @@ SETS = (
             "loss.tile: expected auto, null (no tiles: whole matrices) or the side of a tile, a whole number of at "
             "least 1 (value 0)",
         ),
-        ("loss.label_smoothing=1", "loss.label_smoothing: expected a number below 1 (value 1)"),
+        ("loss.label_smoothing=1", "loss.label_smoothing: expected a number of at most 0.999 (value 1)"),
         ("eval.labelled=[{name: a}]", "eval.labelled[0].test: missing; expected the test split"),
     ],
 )

@@ -238,7 +238,7 @@ class TrainConfig(Block):
     channels_last: bool = Field(True, description="memory layout of the image tower")
     threads: int | None = Field(None, ge=1, description="torch threads per process; null: torch's choice")
     step_timeout: Positive | None = Field(
-        1800,
+        1800.0,
         description="seconds after which a process whose step does not end writes its stacks and ends; null: never",
     )
 

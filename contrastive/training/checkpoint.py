@@ -104,7 +104,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Write ``folder/step_<n>``; one process calls it.
 
     Raises:
-        OSError: the disk is full, the folder cannot be written; what was there before is whole, this one is not there.
+        OSError, SafetensorError: the disk is full, the folder cannot be written; what was there before is whole, this
+            one is not there.
     """
     target, partial = folder / f"step_{snapshot.step}", folder / f".partial_step_{snapshot.step}"
     if target.is_dir() and fault_in(target) is None:
@@ -122,7 +123,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
             shutil.rmtree(target)
         os.rename(partial, target)  # the commit
         _sync_folder(folder)
-    except OSError:
+    except Exception:  # safetensors has an error of its own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return target

@@ -53,7 +53,7 @@ class Saver:
             self.saved_step = snapshot.step
             prune(self.folder, keep=self.keep, keep_every=self.keep_every, best=self._best and self._best[0])
         except Exception as fault:  # of this thread: the trainer tells it, on all processes at the same step
-            reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else f"{fault!r}"
+            reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else str(fault) or repr(fault)
             self.failed = (
                 f"{self.folder}: the checkpoint of step {snapshot.step} could not be written ({reason}); "
                 f"the one before is whole. Make room and go on with --resume"

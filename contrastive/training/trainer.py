@@ -272,8 +272,9 @@ class Trainer:
     def _save(self) -> None:
         """Begin to save; `_finish_saving` waits for the end."""
         # Finite gradients do not vouch for the step they led to. Ranks hold the same weights, so they decide alike.
-        values = [*self.model.parameters(), *(b for b in self.model.buffers() if b.is_floating_point())]
-        if not all(bool(value.isfinite().all()) for value in values):
+        weights_finite = all(bool(value.isfinite().all()) for value in self.model.parameters())
+        # a mask may hold infinities
+        if not weights_finite or any(bool(value.isnan().any()) for value in self.model.buffers()):
             raise NonFinite(
                 f"a weight is not finite after step {self.step}; nothing was saved. Lower optim.lr or set optim.clip, "
                 "and go on from the newest checkpoint with --resume"

@@ -8,7 +8,7 @@ from contrastive.config import dump_yaml, load_config
 from contrastive.config.shipped import find_recipes
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
-RECIPES = sorted(FOLDER.rglob("*.yaml"))
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "launch")  # read by other programs
 
 
 def test_there_are_recipes_and_all_of_them_are_shipped():

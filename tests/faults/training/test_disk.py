@@ -256,7 +256,7 @@ def test_a_small_file_system_that_is_full_stops_the_run_with_its_old_checkpoint(
         shutil.copytree(tmp_path / "kept", folder, dirs_exist_ok=True)
         assert ends(2, tmp_path, corpus) == [0, 0]
         error = json.loads((tmp_path / "ended-0.json").read_text())["error"]
-        assert "the checkpoint of step 6 could not be written (No space left on device)" in error
+        assert "the checkpoint of step 6 could not be written (" in error and "No space left on device" in error
         assert [path.name for path in folder.iterdir()] == ["step_3"]
         assert newest_whole(folder) == (folder / "step_3", {})
     finally:
