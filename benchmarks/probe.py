@@ -42,7 +42,7 @@ from contrastive.evaluation.softmax import SoftmaxRegression, Solutions
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "probe.json"
 PLAIN = 300  # iterations of L-BFGS without a preconditioner, at most
-LADDER = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # of scikit-learn's tol
+LADDER = tuple(10.0**-power for power in range(2, 11))  # of scikit-learn's tol
 
 
 def main() -> None:

@@ -254,7 +254,7 @@ class CheckpointConfig(Block):
     keep_best: str | None = Field(
         None,
         min_length=1,
-        description="a number of the validation, such as top1: the best one's checkpoint is kept too",
+        description="a number of the validation, such as zeroshot/top1: the best one's checkpoint is kept too",
     )
 
 

@@ -1,0 +1,99 @@
+"""How often checkpoints are written, which of them stay, and how a run that a scheduler starts again goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from contrastive.build import build_every
+from contrastive.cli import main
+from contrastive.errors import UserError
+from contrastive.pretrain import pretrain
+from contrastive.training import Every
+from tests.tiny import write_recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, None),
+        (500, Every(steps=500)),
+        ("5%", Every(share=0.05)),
+        ("30s", Every(seconds=30)),
+        ("1.5 h", Every(seconds=5400)),
+        ("10m", Every(seconds=600)),
+        ("2 epochs", Every(steps=20)),
+        ("0.5 epoch", Every(steps=5)),
+        ("50000 samples", Every(steps=500)),
+        ("1 sample", Every(steps=1)),
+    ],
+)
+def test_a_period_is_steps_a_time_or_a_share(text, expected):
+    assert build_every(text, epoch=1000, batch=100) == expected
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [(Every(steps=3), [3, 6, 9]), (Every(seconds=5), [3, 5, 8, 10]), (Every(share=0.25), [3, 5, 8, 10])],
+)
+def test_something_is_due_whenever_a_multiple_has_been_passed(every, steps):
+    places = [(step, 2.0 * step, step / 10) for step in range(11)]
+    assert [now[0] for before, now in zip(places, places[1:], strict=False) if every.due(before, now)] == steps
+
+
+def saved(config) -> list[str]:
+    return sorted(path.name for path in (Path(config.run.dir) / "checkpoints").glob("step_*"))
+
+
+def test_the_newest_those_of_every_so_many_steps_and_the_best_stay(make_config, monkeypatch):
+    values = iter([0.1, 0.7, 0.3])
+    monkeypatch.setattr("contrastive.pretrain.validation", lambda *_: lambda model: {"share": next(values)})
+    config = make_config(
+        "checkpoint.every=1",
+        "checkpoint.keep=1",
+        "checkpoint.keep_every=3",
+        "checkpoint.keep_best=share",
+        "eval.every=2",
+    )
+    pretrain(config, quiet=True)
+    # step 4 was the best of 2, 4 and 6; 3 and 6 are multiples; 8 is the last
+    assert saved(config) == ["step_3", "step_4", "step_6", "step_8"]
+    assert json.loads((Path(config.run.dir) / "checkpoints" / "best.json").read_text()) == {"step": 4, "value": 0.7}
+
+
+def test_a_number_that_validation_does_not_give_is_told_with_those_it_gives(make_config):
+    config = make_config("checkpoint.keep_best=top1", "eval.every=2")
+    with pytest.raises(UserError, match=r"checkpoint.keep_best: 'top1'; validation gives .*zeroshot/top1"):
+        pretrain(config, quiet=True)
+
+
+def test_keep_best_without_validation_during_the_run_is_refused(make_config):
+    with pytest.raises(
+        UserError, match="checkpoint.keep_best: top1 is told by validations during the run; set eval.every"
+    ):
+        make_config("checkpoint.keep_best=top1")
+
+
+@pytest.mark.parametrize("again", ["--auto-resume", "torchrun", "SLURM"])
+def test_the_same_command_starts_and_goes_on(corpus, tmp_path, monkeypatch, again):
+    recipe = write_recipe(corpus, tmp_path / "tiny.yaml")
+    command = ["train", str(recipe), f"run.dir={tmp_path}/run", "data.validation=null"]
+    if again == "--auto-resume":
+        command.append(again)
+    else:
+        name = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "SLURM": "SLURM_RESTART_COUNT"}[again]
+        monkeypatch.setenv(name, "1")
+    assert main([*command, "train.steps=4"]) == 0  # nothing there yet
+    assert main([*command, "train.steps=8"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_overwrite_does_not_undo_what_a_restart_is_to_go_on_from(corpus, tmp_path, monkeypatch):
+    recipe = write_recipe(corpus, tmp_path / "tiny.yaml")
+    command = ["train", str(recipe), f"run.dir={tmp_path}/run", "data.validation=null", "--overwrite"]
+    assert main([*command, "train.steps=4"]) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main([*command, "train.steps=8"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len([row for row in rows if "train/loss" in row]) == 8
