@@ -10,5 +10,5 @@ def find_recipes() -> dict[str, Path]:
     package = Path(__file__).resolve().parents[1]
     # A wheel carries the recipes inside the package; in a checkout they stand beside it.
     folder = package / "_recipes" if (package / "_recipes").is_dir() else package.parent / "recipes"
-    found = sorted(path for path in folder.rglob("*.yaml") if "launch" not in path.parts)  # those are for schedulers
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return {name: path for name, path in names.items() if not name.startswith("launch/")}  # those are for schedulers

@@ -60,11 +60,14 @@ class Saver:
             )
 
     def score(self, step: int, value: float) -> bool:
-        """Whether the weights of `step` are the best so far; their checkpoint is not deleted then."""
+        """Whether the weights of `step` are the best so far; their checkpoint is not deleted then.
+
+        A step that is not behind the best one is done again, after a kill perhaps before its checkpoint was whole.
+        """
         if self._best is None and (self.folder / BEST).is_file():
             kept = json.loads((self.folder / BEST).read_text())
             self._best = (kept["step"], kept["value"])
-        if self._best is not None and (value <= self._best[1] or step < self._best[0]):
+        if self._best is not None and step > self._best[0] and value <= self._best[1]:
             return False
         self.finish()  # its pruning goes by the best one
         self._best = (step, value)

@@ -18,7 +18,9 @@ LossFunction = Callable[..., dict[str, Tensor]]
 
 
 class TrainStep:
-    """``step(batch, lr_factor) -> metrics``; metrics are 0-d tensors on the device, so that a step never waits.
+    """``step(batch, lr_factor) -> metrics``; metrics are 0-d tensors on the device, to be read when they are wanted.
+
+    A step waits for the device once, to see whether the gradient is finite.
 
     Args:
         model: the two-tower model as ``accelerator.prepare`` returned it. It is called as a whole: going through a

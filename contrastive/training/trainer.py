@@ -119,8 +119,9 @@ class Trainer:
             True when the run is complete, False when it was stopped early (`stop_after` or a signal).
 
         Raises:
-            UserError: a loader failed or too much of the data is bad, behind a checkpoint to go on from; the loss or
-                a weight is not finite. Every rank raises at the same step.
+            UserError: a loader failed or too much of the data is bad, behind a checkpoint to go on from; a checkpoint
+                cannot be written; a weight, or the gradients of too many steps in a row, are not finite. Every rank
+                raises at the same step.
         """
         self.model.train()
         if resume_from is not None:

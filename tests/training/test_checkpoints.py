@@ -10,6 +10,7 @@ from contrastive.cli import main
 from contrastive.errors import UserError
 from contrastive.pretrain import pretrain
 from contrastive.training import Every
+from contrastive.training.saver import Saver
 from tests.tiny import write_recipe
 
 
@@ -59,6 +60,13 @@ def test_the_newest_those_of_every_so_many_steps_and_the_best_stay(make_config, 
     # step 4 was the best of 2, 4 and 6; 3 and 6 are multiples; 8 is the last
     assert saved(config) == ["step_3", "step_4", "step_6", "step_8"]
     assert json.loads((Path(config.run.dir) / "checkpoints" / "best.json").read_text()) == {"step": 4, "value": 0.7}
+
+
+def test_a_best_step_whose_checkpoint_was_lost_is_the_best_again_when_it_is_done_again(tmp_path):
+    before, after = (Saver(tmp_path, keep=1) for _ in range(2))
+    assert before.score(6, 0.7)  # killed here, before its checkpoint was whole
+    assert after.score(4, 0.2) and after.score(6, 0.7)
+    assert not after.score(8, 0.5)
 
 
 def test_a_number_that_validation_does_not_give_is_told_with_those_it_gives(make_config):
