@@ -37,7 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unknown", metavar="DATA", help="images of none of the labels, to choose --reject's threshold"
     )
     parser.add_argument("--reject", action="store_true", help="say 'none of these' below a threshold on validation")
-    parser.add_argument("--multilabel", action="store_true", help="all labels above their threshold, none to all")
+    parser.add_argument(
+        "--multilabel",
+        action="store_true",
+        help="all labels above their threshold, none to all; --validation chooses thresholds (labels joined by ';')",
+    )
+    parser.add_argument("--parents", metavar="FILE", help="JSON, label -> what stands above it, for --level")
+    parser.add_argument("--level", type=int, default=0, metavar="N", help="1: parents, 2: theirs (default: 0, labels)")
     parser.add_argument("--save", metavar="FILE", help="write the classifier to this file (.safetensors)")
     add_output_arguments(parser)
 
@@ -50,10 +56,15 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--top-k {args.top_k}: give at least 1")
     if args.reject and args.multilabel:
         raise UserError("--reject --multilabel: use one; an image without labels is what --multilabel may say too")
+    if args.level and args.multilabel:
+        raise UserError(
+            "--level --multilabel: use one; several labels an image have no sum of probabilities above them"
+        )
     model, classifier = _opened(args)
     _fit(args, model, classifier)
     if args.multilabel:
         classifier.label_thresholds()  # an error before the images are read, if there is none
+    classifier.level_names(args.level)
     if args.reject and classifier.rejection_ is None:
         raise UserError("--reject: there is no threshold yet; give labelled images with --validation DATA")
     found = embed(model, one_source(args.images), text=False, invert=args.invert)
@@ -62,8 +73,11 @@ def run(args: argparse.Namespace) -> int:
     if args.multilabel:
         rows = _labels_of_each(found, classifier)
     else:
-        probabilities = classifier.predict_proba(found.image)
-        rows = guess_rows(found.keys, probabilities, classifier.classes_.tolist(), args.top_k, found.failures)
+        probabilities, names = (
+            classifier.predict_proba(found.image, level=args.level),
+            classifier.level_names(args.level),
+        )
+        rows = guess_rows(found.keys, probabilities, names, args.top_k, found.failures)
         if args.reject:
             rows = _without_strangers(rows, dict(zip(found.keys, classifier.fits(found.image).tolist(), strict=True)))
     write_rows(rows, args.format, args.output)
@@ -79,18 +93,21 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any]:
     if args.classifier is not None:
         if args.templates is not None:
             raise UserError("--templates: a classifier file has its own; leave it out, or give --labels")
+        if args.parents is not None:
+            raise UserError("--parents: a classifier file has its own; leave it out, or give --labels")
         model = load(args.model, text=False)
         return model, load_classifier(args.classifier, model)
     labels = read_labels(args.labels, args.labels_file)
     model = load(args.model)
-    classifier = ZeroShotClassifier(model, labels, args.templates).fit()
+    parents = None if args.parents is None else read_parents(args.parents)
+    classifier = ZeroShotClassifier(model, labels, args.templates, parents=parents).fit()
     for line in classifier.lint():
         print(f"warning: {line}", file=sys.stderr)
     return model, classifier
 
 
 def _fit(args: argparse.Namespace, model: Any, classifier: Any) -> None:
-    """Temperature and threshold from `--validation`, said on the error stream."""
+    """Temperature and thresholds from `--validation`, said on the error stream."""
     from contrastive.errors import UserError
     from contrastive.evaluation import embed, open_labelled
     from contrastive.evaluation.calibration import expected_error
@@ -102,6 +119,9 @@ def _fit(args: argparse.Namespace, model: Any, classifier: Any) -> None:
     found = embed(model, open_labelled(args.validation), text=False, invert=args.invert)
     if found.labels is None:
         raise UserError(f"--validation {args.validation}: some images have no label; give every image one")
+    if args.multilabel:
+        _fit_thresholds(classifier, found)
+        return
     targets = classifier.targets(found.labels)
     before = expected_error(classifier.predict_proba(found.image), targets)
     classifier.fit_temperature(found.image, found.labels)
@@ -116,6 +136,24 @@ def _fit(args: argparse.Namespace, model: Any, classifier: Any) -> None:
         fitted = classifier.fit_rejection(found.image, unknown)
         numbers = ", ".join(f"{name} {value:.3f}" for name, value in fitted.items())
         print(f"{NONE_OF_THESE}: {numbers}", file=sys.stderr)
+
+
+def _fit_thresholds(classifier: Any, found: Any) -> None:
+    """Each label's threshold, from images whose labels are joined by ';'."""
+    import numpy as np
+
+    names = [[name.strip() for name in str(joined).split(";") if name.strip()] for joined in found.labels]
+    truth = np.zeros((len(names), len(classifier.classes_)), bool)
+    for row, own in zip(truth, names, strict=True):
+        row[classifier.targets(own)] = True
+    classifier.fit_thresholds(found.image, truth)
+    guessed = classifier.predict_labels(found.image)
+    hits, wrong = int((guessed & truth).sum()), int((guessed != truth).sum())
+    score = 2 * hits / max(2 * hits + wrong, 1)
+    print(
+        f"thresholds of {truth.shape[1]} labels on {len(truth):,} validation images: micro-averaged F1 {score:.3f}",
+        file=sys.stderr,
+    )
 
 
 def _without_strangers(rows: list[dict[str, Any]], fits: Mapping[str, bool]) -> list[dict[str, Any]]:
@@ -150,6 +188,22 @@ def _place(model: str) -> str:
     from pathlib import Path
 
     return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def read_parents(file: str) -> dict[str, str]:
+    """The mapping of `--parents`: child -> parent."""
+    import json
+    from pathlib import Path
+
+    from contrastive.errors import UserError
+
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as fault:
+        raise UserError(f"--parents {file}: no JSON can be read there ({fault})") from None
+    if not isinstance(found, dict) or not all(isinstance(parent, str) for parent in found.values()):
+        raise UserError(f'--parents {file}: give one parent a label, {{"dog": "animal", "cat": "animal"}}')
+    return found
 
 
 def read_labels(listed: str | None, file: str | None) -> list[str]:

@@ -27,6 +27,7 @@ ROWS = 3  # samples that blocks rest on, as a multiple of the directions
 WHOLE = 3000  # K A, up to which the whole Hessian is factored, 36 MB
 LARGEST = 6e7  # numbers in all blocks (240 MB): beyond it one block serves all classes
 HALVINGS = 30
+ROUNDING = 1e-8  # of the objective, below which a step may fail: it was worked out in float32
 RIDGE = 1e-7
 
 
@@ -81,39 +82,43 @@ def newton(batch: Batch, path: Path, tolerance: float, max_iter: int) -> tuple[i
     """Move the one problem of `batch`, in float64, to its optimum; `(products and gradients, done)`.
 
     The last step is the one from where g' H^-1 g / 2, which is what is left above the optimum once the objective is as
-    good as quadratic, is below `tolerance` of the objective; or from where rounding lets no step go down.
+    good as quadratic, is below `tolerance` of the objective; or from where rounding lets no step go down, which is done
+    only if that was to be expected so near the optimum.
     """
     features_NR, strength = batch.features[0].float(), float(batch.strength[0])
     directions = features_NR.shape[1] + 1
     count, factor = 0, None
     while count < max_iter:
-        chance_NK = _chances(batch).float()
+        chance_NK, spread_NK = _chances(batch)
         if path.stale or path.curvature is None:
-            path.curvature, path.stale = _curvature(features_NR, chance_NK, batch.sigmoid), False
+            path.curvature, path.stale = _curvature(features_NR, chance_NK, spread_NK, batch.sigmoid), False
             batch.flops += path.curvature.flops
             factor = None
         if factor is None:
             factor = path.curvature.factor(strength, directions, batch.free_intercept)
-        direction_AK, products = _conjugate(batch, features_NR, chance_NK, path.curvature, factor)
+        direction_AK, products = _conjugate(batch, features_NR, chance_NK, spread_NK, path.curvature, factor)
         batch.flops += 4.0 * features_NR.numel() * chance_NK.shape[1] * products
         path.stale = products > STALE
         count += products + 1
         direction = direction_AK.double()
         slope = float((batch.gradient_GAKP[0, :, :, 0] * direction).sum())
         last = -slope / 2 <= tolerance * float(batch.objective_GP)  # the step is there: it is taken all the same
-        if not _step(batch, direction[None, :, :, None], slope) or last:
+        if not _step(batch, direction[None, :, :, None], slope):
+            return count, last or -slope / 2 <= ROUNDING * float(batch.objective_GP)
+        if last:
             return count, True
     return count, False
 
 
-def _chances(batch: Batch) -> Tensor:
+def _chances(batch: Batch) -> tuple[Tensor, Tensor]:
+    """p and p (1 - p) in float32: the second from float64, as 1 - p of a sure sample is 0 in float32."""
     logits_NK = batch.logits[0, :, :, 0]
-    return torch.sigmoid(logits_NK) if batch.sigmoid else torch.softmax(logits_NK, dim=1)
+    chance_NK = torch.sigmoid(logits_NK) if batch.sigmoid else torch.softmax(logits_NK, dim=1)
+    return chance_NK.float(), (chance_NK * (1 - chance_NK)).float()
 
 
-def _curvature(features_NR: Tensor, chance_NK: Tensor, sigmoid: bool) -> Curvature:
+def _curvature(features_NR: Tensor, chance_NK: Tensor, weight_NK: Tensor, sigmoid: bool) -> Curvature:
     """From the samples that are least certain, scaled to stand for all."""
-    weight_NK = chance_NK * (1 - chance_NK)
     weight_N = weight_NK.sum(dim=1)
     directions, classes = features_NR.shape[1] + 1, chance_NK.shape[1]
     rows = min(len(weight_N), max(2000, ROWS * directions))
@@ -141,16 +146,17 @@ def _curvature(features_NR: Tensor, chance_NK: Tensor, sigmoid: bool) -> Curvatu
 
 
 def _conjugate(
-    batch: Batch, features_NR: Tensor, chance_NK: Tensor, curvature: Curvature, factor: Tensor
+    batch: Batch, features_NR: Tensor, chance_NK: Tensor, spread_NK: Tensor, curvature: Curvature, factor: Tensor
 ) -> tuple[Tensor, int]:
     """-H^-1 g but for a share of `FORCING`, (A, K), in float32; and how many products of H it took."""
-    spread_NK, strength = chance_NK * (1 - chance_NK), float(batch.strength[0])
+    strength, top_N1 = float(batch.strength[0]), chance_NK.argmax(dim=1, keepdim=True)
 
     def product(step_AK: Tensor) -> Tensor:
         logits_NK = features_NR @ step_AK[:-1] + step_AK[-1]
         if batch.sigmoid:
             logits_NK *= spread_NK
         else:
+            logits_NK -= logits_NK.gather(1, top_N1)  # else a sure sample's own logit drowns in rounding
             logits_NK = chance_NK * (logits_NK - (chance_NK * logits_NK).sum(dim=1, keepdim=True))
         result = torch.empty_like(step_AK)
         torch.mm(features_NR.T, logits_NK, out=result[:-1])

@@ -19,6 +19,8 @@ intercept free. What makes it quick, without moving the optimum:
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +38,8 @@ ROUNDS = (12, 30, 60)  # iterations before the features are rotated again; the l
 TOGETHER = 16  # problems that share a weighted rotation: neighbours in strength
 UNCERTAIN = 0.6  # share of the samples that the uncertainty rests on, below which a rotation pays
 PROMISE = 1e-8  # of a step in float32, below which float64 takes over
+DECADE = 10.0  # the largest step in strength that Newton's method goes at once
+ROUGHLY = 1e-2  # tolerance of the strengths between
 QUICK = 60  # iterations of L-BFGS before Newton's method takes over
 MOST = 4e7  # logits held at a time: 160 MB in float32
 
@@ -203,7 +207,7 @@ class _Work:
         problem, path = self.problem, Path()
         dtype = torch.float64 if polish else torch.float32
         features, hard = problem.rotated_GNR.to(dtype), float("inf")
-        levels = _levels(self.strength_P) if coarse_to_fine else [self.strength_P.argsort()]
+        levels = _levels(self.strength_P, DECADE) if coarse_to_fine else [self.strength_P.argsort()]
         done: list[int] = []
         for level in levels:
             interpolated = len(done) > 1 and not started
@@ -211,17 +215,40 @@ class _Work:
                 self.interpolate(level, torch.as_tensor(done))
             path.stale = True  # from the weakest penalty back to the strongest
             for p in level.tolist():
+                nearest = float(self.strength_P[done[-1]]) if done else self._easy
                 if done and not interpolated:
                     self.point_GAKP[..., p] = self.point_GAKP[..., done[-1]]
                 done.append(p)
+                begin = self.point_GAKP[..., p].clone()
                 if self.strength_P[p] < hard and self._quick(p, features, tolerance, min(QUICK, max_iter)):
                     continue
                 hard = min(hard, float(self.strength_P[p]))
-                batch = self._one(p, problem.rotated_GNR)
-                count, _ = newton(batch, path, tolerance, max_iter)
-                self.point_GAKP[..., p] = batch.point_GAKP[..., 0]
-                self.iterations_GP[:, p] += count
-                self.flops += batch.flops
+                if not (interpolated or started):
+                    between = _between(nearest, float(self.strength_P[p]))
+                    if between:
+                        self.point_GAKP[..., p] = begin
+                    for strength in between:
+                        self._newton(p, path, ROUGHLY, max_iter, strength)
+                self._newton(p, path, tolerance, max_iter)
+
+    @property
+    def _easy(self) -> float:
+        """A strength at which the optimum is next to 0."""
+        return 1 / float(self.problem.power_GR.max())
+
+    def _newton(self, p: int, path: Path, tolerance: float, max_iter: int, strength: float | None = None) -> None:
+        """Move problem `p` by Newton's method, as if it had this strength."""
+        batch = self._one(p, self.problem.rotated_GNR, strength)
+        count, done = newton(batch, path, tolerance, max_iter)
+        if not done and count < max_iter and strength is None:
+            warnings.warn(
+                "softmax regression: rounding ends Newton's method short of the optimum, "
+                f"C = {self.strength_P[p]:.3g}; scale the features (their largest is to be about 1), or lower C",
+                stacklevel=2,
+            )
+        self.point_GAKP[..., p] = batch.point_GAKP[..., 0]
+        self.iterations_GP[:, p] += count
+        self.flops += batch.flops
 
     def _quick(self, p: int, features: Tensor, tolerance: float, max_iter: int) -> bool:
         """Move problem `p` by L-BFGS; whether that was enough."""
@@ -234,11 +261,12 @@ class _Work:
             self.point_GAKP[..., p] = batch.point_GAKP[..., 0].double()
         return bool(done_P[0])
 
-    def _one(self, p: int, features: Tensor) -> Batch:
+    def _one(self, p: int, features: Tensor, strength: float | None = None) -> Batch:
         problem, dtype = self.problem, features.dtype
         offset = None if problem.offset is None else problem.offset.to(dtype)
-        strength, point = self.strength_P[[p]].to(dtype), self.point_GAKP[..., [p]].to(dtype)
-        return Batch(features, problem.target, problem.sigmoid, strength, point, None, offset, problem.free_intercept)
+        strength_P = self.strength_P[[p]] if strength is None else torch.tensor([strength])
+        strength_P, point = strength_P.to(dtype), self.point_GAKP[..., [p]].to(dtype)
+        return Batch(features, problem.target, problem.sigmoid, strength_P, point, None, offset, problem.free_intercept)
 
     def run(self, columns: Tensor, tolerance: float, promise: float, max_iter: int, dtype: torch.dtype) -> None:
         """Move problems `columns` to their optimum: rounds of L-BFGS, each on features rotated for what is left."""
@@ -367,14 +395,34 @@ class _Work:
         ]
 
 
-def _levels(strength_P: Tensor) -> list[Tensor]:
-    """Every eighth strength in order, then those halfway between, and so on: 12, 12, 24, 48 of 96."""
+def _between(start: float, end: float) -> list[float]:
+    """Strengths on the way from one to another, no more than a decade apart; without the ends.
+
+    From far off, Newton's method goes in tiny steps: the curvature there says nothing of what is ahead. A path of
+    strengths keeps each problem near the one before (Marteau-Ferey, Bach and Rudi 2019, "Globally convergent Newton
+    methods for ill-conditioned generalized self-concordant losses").
+    """
+    steps = max(1, math.ceil(math.log(end / start, DECADE) - 1e-9))
+    return [start * (end / start) ** (i / steps) for i in range(1, steps)]
+
+
+def _levels(strength_P: Tensor, reach: float = math.inf) -> list[Tensor]:
+    """Every eighth strength in order, then those halfway between, and so on: 12, 12, 24, 48 of 96.
+
+    reach: neighbours of the first level are at most this factor apart, where the strengths allow it.
+    """
     order = strength_P.argsort()
     levels, seen = [], torch.zeros(len(order), dtype=torch.bool)
-    for stride in (8, 4, 2, 1):
+    place = strength_P[order].log()
+
+    def far(stride: int) -> float:
+        return float(torch.cat([place[::stride], place[-1:]]).diff().max())
+
+    strides = [stride for stride in (8, 4, 2, 1) if stride == 1 or far(stride) <= math.log(reach) + 1e-9]
+    for stride in strides:
         chosen = torch.zeros_like(seen)
         chosen[::stride] = True
-        if stride == 8:
+        if stride == strides[0]:
             chosen[-1] = True  # the weakest penalty is nobody's neighbour from above
         fresh = chosen & ~seen
         if fresh.any():

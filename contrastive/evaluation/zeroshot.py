@@ -31,6 +31,10 @@ from contrastive.evaluation.rejection import (
     label_thresholds,
     separating_threshold,
 )
+from contrastive.evaluation.template_spread import label_order_difference
+
+CANARIES = 16  # labels whose weights are built a second time, among others
+ORDER_MATTERS = 1e-4  # rounding gives 1e-7
 
 
 class ZeroShotClassifier:
@@ -123,8 +127,19 @@ class ZeroShotClassifier:
         return self
 
     def lint(self) -> list[str]:
-        """What deserves a second look in the labels and prompts, one line each: see `lint_labels`."""
-        return lint_labels(self.classes_.tolist(), self.weights_, model=self._model, prompts=self.prompts())
+        """What deserves a second look in labels, prompts and text tower, one line each.
+
+        See `lint_labels`, and `label_order_difference` for the tower, here of the first `CANARIES` labels by name.
+        """
+        names = self.classes_.tolist()
+        lines = lint_labels(names, self.weights_, model=self._model, prompts=self.prompts())
+        difference = label_order_difference(self._model, names[:CANARIES])
+        if difference > ORDER_MATTERS:
+            lines.append(
+                f"a label's weight changes by {difference:.2g} with the labels around it: the text tower sees the "
+                "padding of its batch, and its results depend on the order of the labels"
+            )
+        return lines
 
     # ---- using it
 

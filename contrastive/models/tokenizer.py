@@ -120,15 +120,61 @@ class OpenClipTokenizer:
             except Exception as error:  # a hub that cannot be reached raises many types
                 raise UserError(f"model {name}: its tokenizer is not on this machine ({error})") from None
         self.vocab_size = int(getattr(self._tokenizer, "vocab_size", 0)) or 49408
+        self._words = _Words(self._tokenizer) if _Words.suit(self._tokenizer) else None
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Token ids of `texts`, int64 ``(n, length)``, zero-padded to the longest."""
+        if self._words is not None:
+            return self._words(texts, self.context)
         tokens: Tensor = self._tokenizer(list(texts), context_length=self.context).long()
         used = (tokens != self.pad_id).any(dim=0).nonzero()
         return tokens[:, : int(used[-1]) + 1 if len(used) else 1]
 
     def save(self, folder: Path) -> dict[str, Any]:
         return {"kind": "open_clip", "name": self.name, "context": self.context}
+
+
+class _Words:
+    """open_clip's `SimpleTokenizer` with a memory of words: the same ids in a quarter of the time.
+
+    Half of its time goes to mending text that was decoded wrongly, which plain ASCII cannot be, and most of the rest to
+    words that it met before.
+    """
+
+    REMEMBERED = 1 << 18  # words; letters of all languages, so there is no end of them
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids: dict[str, list[int]] = {}
+
+    @staticmethod
+    def suit(tokenizer: Any) -> bool:
+        """Whether `tokenizer` cleans and cuts text as this class does."""
+        import open_clip
+        from open_clip.tokenizer import get_clean_fn
+
+        plain = type(tokenizer) is open_clip.SimpleTokenizer and tokenizer.reduction_fn is None
+        return plain and tokenizer.clean_fn is get_clean_fn("lower")
+
+    def __call__(self, texts: Sequence[str], context: int) -> Tensor:
+        start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
+        rows = [[start, *self._encode(text)[: context - 2], end] for text in texts]
+        width = max(map(len, rows), default=1)
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64).view(len(rows), width)
+
+    def _encode(self, text: str) -> list[int]:
+        if not (text.isascii() and text.isprintable()) or "&" in text:  # & may begin an entity of HTML
+            found: list[int] = self.tokenizer.encode(text)
+            return found
+        return [number for word in self.tokenizer.pat.findall(text.lower()) for number in self._word(word)]
+
+    def _word(self, word: str) -> list[int]:
+        known = self.ids.get(word)
+        if known is None:
+            if len(self.ids) >= self.REMEMBERED:
+                self.ids.clear()
+            known = self.ids[word] = self.tokenizer.encode(word)
+        return known
 
 
 def load_tokenizer(saved: dict[str, Any], folder: Path) -> Tokenizer:

@@ -27,7 +27,7 @@ _DIRECT = {"png": PngImagePlugin.PngImageFile, "webp": WebPImagePlugin.WebPImage
 Shrink = Callable[[int, int], float]
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes | memoryview) -> Image.Image:
     """The image as RGB; transparency is laid over white.
 
     Raises Rejected with a reason: "not an image", "truncated or damaged", "too many pixels" (told from the
@@ -37,12 +37,14 @@ def decode_image(data: bytes) -> Image.Image:
     return _load(image)
 
 
-def image_size(data: bytes) -> tuple[int, int]:
+def image_size(data: bytes | memoryview) -> tuple[int, int]:
     """Width and height as the header has them. Raises Rejected as `decode_image` does before it decodes."""
     return _open(data).size
 
 
-def decode_pixels(data: bytes, shrink: Shrink | None = None, scratch: np.ndarray | None = None) -> np.ndarray:
+def decode_pixels(
+    data: bytes | memoryview, shrink: Shrink | None = None, scratch: np.ndarray | None = None
+) -> np.ndarray:
     """`decode_image` as uint8 (height, width, 3); a JPEG may come smaller, by at most `shrink`.
 
     scratch: uint8 (n,), which a JPEG that fits is decoded into: the result is a view of it, good until its next use.
@@ -66,7 +68,7 @@ def decode_pixels(data: bytes, shrink: Shrink | None = None, scratch: np.ndarray
     return np.asarray(_load(image))
 
 
-def _with_simplejpeg(data: bytes, shrink: Shrink | None, scratch: np.ndarray | None) -> np.ndarray | None:
+def _with_simplejpeg(data: bytes | memoryview, shrink: Shrink | None, scratch: np.ndarray | None) -> np.ndarray | None:
     """None for what is left to Pillow: damaged files, which it tells by their reasons, and rare colour spaces."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -99,7 +101,7 @@ def resize_square(image: Image.Image, size: int) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(square(image, size)).transpose(2, 0, 1))
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes | memoryview) -> Image.Image:
     """The image with its header read, its size in bounds."""
     try:
         direct = _DIRECT.get(image_extension(data) or "")

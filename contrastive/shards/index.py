@@ -83,15 +83,15 @@ class ShardIndex:
         """The first caption."""
         return _text(self._read(i, 1))
 
-    def pair(self, i: int) -> tuple[bytes, str]:
-        """`image` and `caption`, by one read where they lie together, as in shards that we write."""
+    def pair(self, i: int) -> tuple[bytes | memoryview, str]:
+        """`image` and `caption`, by one read and without a copy where they lie together, as in shards that we write."""
         (image_at, text_at, _), (image_size, text_size, _) = self._places[i].tolist(), self.sizes[i].tolist()
         first, last = min(image_at, text_at), max(image_at + image_size, text_at + text_size)
         if last - first > image_size + text_size + TOGETHER:
             return self.image(i), self.caption(i)
-        data = self._bytes(int(self.shard[i]), last - first, first)
+        data = memoryview(self._bytes(int(self.shard[i]), last - first, first))
         image = data[image_at - first : image_at - first + image_size]
-        return image, _text(data[text_at - first : text_at - first + text_size])
+        return image, _text(bytes(data[text_at - first : text_at - first + text_size]))
 
     def captions(self) -> Iterator[str]:
         """The first caption of every sample, in order (to train a tokenizer on)."""

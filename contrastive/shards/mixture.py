@@ -83,7 +83,7 @@ class Mixture:
         part, i = self.locate(i)
         return self.parts[part].caption(i)
 
-    def pair(self, i: int) -> tuple[bytes, str]:
+    def pair(self, i: int) -> tuple[bytes | memoryview, str]:
         """`image` and `caption`, by one read where they lie together."""
         part, i = self.locate(i)
         return self.parts[part].pair(i)

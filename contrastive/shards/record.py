@@ -120,7 +120,7 @@ MAX_JSON_BYTES = 2 << 20  # of a pair's .json: all captions, with room for marks
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 
 
-def image_extension(data: bytes) -> str | None:
+def image_extension(data: bytes | memoryview) -> str | None:
     """The format's usual extension (without a dot), told from the first bytes; None for anything else."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"

@@ -22,7 +22,12 @@ _scratch = _Scratch()
 
 
 def render(
-    data: bytes, size: int, augment: Augment | None, u: Sequence[float], fill: int = 255, decode: str = "exact"
+    data: bytes | memoryview,
+    size: int,
+    augment: Augment | None,
+    u: Sequence[float],
+    fill: int = 255,
+    decode: str = "exact",
 ) -> np.ndarray:
     """uint8 (size, size, 3), RGB.
 

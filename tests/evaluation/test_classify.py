@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import contrastive
-from tests.evaluation.fake import NAMES
+from tests.evaluation.fake import NAMES, square
 from tests.evaluation.test_commands import command, save_random_model
+
+PARENTS = {"red": "warm", "yellow": "warm", "blue": "cold"}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,38 @@ def test_several_labels_an_image(saved, labelled, pairs, tmp_path, capsys):
         assert own == set(np.asarray(NAMES)[labels])
 
 
+def test_validation_chooses_the_thresholds_of_several_labels(saved, tmp_path, capsys):
+    for name, label in (("a", "red"), ("b", "red; blue"), ("c", "green"), ("d", "blue")):
+        square(label.split(";")[0]).save(tmp_path / f"{name}.png")
+    table = tmp_path / "labels.csv"
+    table.write_text("image,label\na.png,red\nb.png,red; blue\nc.png,green\nd.png,blue\n")
+    options = ("--labels", ",".join(NAMES), "--multilabel", "--validation", table, "--save", tmp_path / "c.safetensors")
+    assert command("classify", saved, tmp_path / "a.png", *options) == 0
+    assert "thresholds of 4 labels on 4 validation images: micro-averaged F1" in capsys.readouterr().err
+    opened = contrastive.load_classifier(tmp_path / "c.safetensors", saved)
+    names = (["red"], ["red", "blue"], ["green"], ["blue"])
+    truth = np.asarray([[name in own for name in NAMES] for own in names])
+    found = contrastive.embed(contrastive.load(saved), table)
+    expected = contrastive.ZeroShotClassifier(contrastive.load(saved), NAMES).fit_thresholds(found.image, truth)
+    np.testing.assert_allclose(opened.thresholds_, expected.thresholds_, rtol=1e-5)
+
+
+def test_a_level_of_the_hierarchy_is_the_sum_below_it(saved, pairs, tmp_path, capsys):
+    (tmp_path / "parents.json").write_text(json.dumps(PARENTS))
+    options = ("--labels", ",".join(NAMES), "--format", "json")
+    assert command("classify", saved, pairs, *options, "--parents", tmp_path / "parents.json", "--level", 1) == 0
+    above = rows_of(capsys)
+    assert command("classify", saved, pairs, *options) == 0
+    below = rows_of(capsys)
+    for row in above:
+        own = [
+            r["probability"]
+            for r in below
+            if r["image"] == row["image"] and PARENTS.get(r["label"], r["label"]) == row["label"]
+        ]
+        assert row["probability"] == pytest.approx(sum(own), rel=1e-5)
+
+
 def test_lint_is_one_line_a_finding_on_the_error_stream(saved, pairs, capsys):
     assert command("classify", saved, pairs, "--labels", "red,RED,blue", "--format", "json") == 0
     out, err = capsys.readouterr()
@@ -94,6 +128,10 @@ def test_lint_is_one_line_a_finding_on_the_error_stream(saved, pairs, capsys):
         (("--labels", "red,blue", "--multilabel"), "fit_thresholds"),
         (("--labels", "red,blue", "--multilabel", "--reject"), "use one"),
         (("--labels", "red,blue", "--unknown", "x"), "--validation"),
+        (("--labels", "red,blue", "--level", "1"), "levels 0 to 0"),
+        (("--labels", "red,blue", "--parents", "none.json"), "no JSON"),
+        (("--labels", "red,blue", "--multilabel", "--level", "1"), "use one"),
+        (("--classifier", "c.safetensors", "--parents", "p.json"), "has its own"),
         (("--classifier", "missing.safetensors"), "no such file"),
         (("--classifier", "c.safetensors", "--templates", "short"), "has its own"),
     ],

@@ -163,3 +163,33 @@ def test_the_preconditioner_changes_the_way_and_not_the_end():
     plain = problem.solve([1.0], tolerance=1e-11, precondition=False, coarse_to_fine=False, max_iter=20_000)
     assert quick.objective_P[0] == pytest.approx(plain.objective_P[0], rel=1e-7)
     assert quick.iterations_P[0] * 3 < plain.iterations_P[0]
+
+
+@cache
+def separable():
+    """Thirty classes, each far from the others in 60 directions: at weak penalties all samples are sure."""
+    random = np.random.default_rng(0)
+    target = np.tile(np.arange(30), 10)
+    features = 2 * random.normal(size=(30, 60))[target] + random.normal(size=(300, 60))
+    return features, target
+
+
+@pytest.mark.filterwarnings("ignore:lbfgs")
+@pytest.mark.parametrize("strength", [1e2, 1e6])
+def test_sure_samples_keep_their_curvature(strength):
+    """One of p (1 - p) below 1e-7 is 0 in float32, where 1 - p is: the optimum was missed by 3 % and called reached."""
+    features, target = separable()
+    alone = SoftmaxRegression(features, target, 30).solve([strength], tolerance=1e-8)
+    assert alone.kkt_P[0] ** 2 / 2 < 1e-3 * alone.objective_P[0]  # bounds what is left: the penalty's curvature is 1
+    other = LogisticRegression(C=strength, tol=1e-12, max_iter=5000).fit(features, target)
+    reference = objective(other.coef_, other.intercept_, features, target, strength)
+    assert alone.objective_P[0] <= reference * (1 + 1e-6)
+
+
+def test_a_jump_in_strength_takes_a_path_of_decades():
+    features, target = separable()
+    problem = SoftmaxRegression(features, target, 30)
+    jump = problem.solve([1e-6, 1e6], tolerance=1e-8)
+    path = problem.solve(np.logspace(-6, 6, 49), tolerance=1e-8)
+    np.testing.assert_allclose(jump.objective_P, path.objective_P[[0, -1]], rtol=1e-6)
+    assert jump.iterations_P[1] < 3000

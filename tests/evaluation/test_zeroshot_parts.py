@@ -122,6 +122,7 @@ def test_the_canary_sings_where_a_label_depends_on_its_neighbours(model):
 
     plain, model.encode_text = model.encode_text, leaky
     assert label_order_difference(model, NAMES, seed=1) > 1e-2
+    assert any("order of the labels" in line for line in ZeroShotClassifier(model, NAMES).lint())
 
 
 # ---- hierarchy

@@ -50,6 +50,31 @@ def test_open_clips_ids_are_open_clips_cut_short():
     assert torch.equal(ours, full[:, : ours.shape[1]]) and not full[:, ours.shape[1] :].any()
 
 
+def test_open_clips_ids_are_cut_where_open_clip_cuts_them():
+    captions = ["an open book on the table", "a dog", "book " * 20]
+    ours = OpenClipTokenizer(context=6)(captions)
+    assert torch.equal(ours, open_clip.SimpleTokenizer(context_length=6)(captions))
+
+
+OURS, THEIRS = OpenClipTokenizer(), open_clip.SimpleTokenizer()
+WRITTEN = st.lists(
+    st.sampled_from(
+        ["Dog", "dogs'", "it's", "IT'S", "&amp;", "&", "amp;", "lt;", "<end_of_text>", "<START_OF_TEXT>", "3.14", "!?",
+         "...", "\t", "\r\n", "\x1b[31m", "\x00", "â€™", "ﬁ", "İ", "é", "日本", "🙂", "don't_stop", "\u2028", "a" * 40]
+    )
+    | st.text(max_size=8),
+    max_size=8,
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.builds(lambda parts, between: between.join(parts), WRITTEN, st.sampled_from(["", " "])), max_size=4))
+def test_any_text_has_open_clips_ids(texts):
+    for _ in range(2):  # the second time the words are remembered
+        ids, full = OURS(texts), THEIRS(texts)
+        assert torch.equal(ids, full[:, : ids.shape[1]]) and not full[:, ids.shape[1] :].any()
+
+
 def test_tokenizers_survive_pickling(tokenizer):
     for each in (tokenizer, OpenClipTokenizer()):
         assert torch.equal(pickle.loads(pickle.dumps(each))(["red apple"]), each(["red apple"]))
