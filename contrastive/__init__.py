@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from contrastive.evaluation import ZeroShotClassifier as ZeroShotClassifier
     from contrastive.evaluation import embed as embed
     from contrastive.evaluation import load_classifier as load_classifier
+    from contrastive.models import interpolate as interpolate
     from contrastive.models import load as load
 
 _HOME = {
@@ -26,12 +27,13 @@ _HOME = {
     "UserError": "errors",
     "ZeroShotClassifier": "evaluation",
     "embed": "evaluation",
+    "interpolate": "models",
     "load": "models",
     "load_classifier": "evaluation",
 }
 _ROOMS = ("config", "evaluation", "losses", "models", "shards")
 
-__all__ = ["LinearProbe", "UserError", "ZeroShotClassifier", "embed", "load", "load_classifier"]
+__all__ = ["LinearProbe", "UserError", "ZeroShotClassifier", "embed", "interpolate", "load", "load_classifier"]
 
 
 def __getattr__(name: str) -> Any:

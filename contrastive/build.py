@@ -22,6 +22,7 @@ from contrastive.config import (
     CyCLIPConfig,
     DCLConfig,
     DistillationConfig,
+    FolderModelConfig,
     HuggingFaceTextConfig,
     HuggingFaceTokenizerConfig,
     InfoNCEConfig,
@@ -31,6 +32,7 @@ from contrastive.config import (
     PairModelConfig,
     SigLIPConfig,
     SogCLRConfig,
+    TowerConfig,
     TrainedTokenizerConfig,
     terms_of,
 )
@@ -55,11 +57,13 @@ from contrastive.models import (
     Tokenizer,
     TransformerTextTower,
     TwoTower,
+    add_adapters,
     describe,
+    load,
     open_clip_model,
 )
 from contrastive.shards import Augment, FeatureLoader, Mixture, PairLoader, TokenCache, open_index
-from contrastive.training import Duration, Every, Schedule, Skips, Trainer, adamw, check_share
+from contrastive.training import Duration, Every, Schedule, Skips, Trainer, Until, adamw, check_share
 
 
 class FrozenFeatures(NamedTuple):
@@ -129,7 +133,27 @@ def wants_training(config: Config) -> TrainedTokenizerConfig | None:
 def build_model(config: Config, trained_tokenizer: str = "") -> TwoTower:
     """The two-tower model of a recipe with its starting weights, on the CPU; see `build_tokenizer`."""
     torch.manual_seed(config.run.seed)
+    model = _build_towers(config, trained_tokenizer)
+    for tower, choice in _towers(config).items():
+        if choice.lora is not None:
+            options = choice.lora.model_dump(exclude={"targets"})
+            targets = None if choice.lora.targets == "auto" else choice.lora.targets
+            add_adapters(model, tower, **options, targets=targets)
+    if config.train.gradient_checkpointing:
+        model.checkpoint_gradients()
+    if config.train.channels_last:
+        model.use_channels_last()
+    return model
+
+
+def _towers(config: Config) -> dict[str, TowerConfig]:
+    return {"image": config.model.image, "text": config.model.text}
+
+
+def _build_towers(config: Config, trained_tokenizer: str) -> TwoTower:
     model_config = config.model
+    if isinstance(model_config, FolderModelConfig):
+        return _open_start(model_config, name=Path(config.run.dir).name)
     common: dict[str, Any] = {
         "scale_init": model_config.logit_scale.init,
         "scale_max": model_config.logit_scale.max,
@@ -139,30 +163,44 @@ def build_model(config: Config, trained_tokenizer: str = "") -> TwoTower:
         "lock_text": model_config.text.locked,
     }
     if isinstance(model_config, OpenClipModelConfig):
-        model = open_clip_model(model_config.name, pretrained=model_config.pretrained, **common)
-    else:
-        image = model_config.image
-        tokenizer = build_tokenizer(model_config, trained_tokenizer)
-        model = TwoTower(
-            TimmImageTower(
-                image.name,
-                dim=model_config.dim,
-                image_size=image.size,
-                kwargs=image.kwargs,
-                weights=None if image.weights is None else resolve_path(image.weights),
-                mean=image.mean,
-                std=image.std,
-            ),
-            _build_text_tower(model_config, tokenizer),
-            tokenizer,
-            model_config.dim,
-            name=Path(config.run.dir).name,
-            **common,
-        )
-    if config.train.gradient_checkpointing:
-        model.checkpoint_gradients()
-    if config.train.channels_last:
-        model.use_channels_last()
+        return open_clip_model(model_config.name, pretrained=model_config.pretrained, **common)
+    image = model_config.image
+    tokenizer = build_tokenizer(model_config, trained_tokenizer)
+    return TwoTower(
+        TimmImageTower(
+            image.name,
+            dim=model_config.dim,
+            image_size=image.size,
+            kwargs=image.kwargs,
+            weights=None if image.weights is None else resolve_path(image.weights),
+            mean=image.mean,
+            std=image.std,
+        ),
+        _build_text_tower(model_config, tokenizer),
+        tokenizer,
+        model_config.dim,
+        name=Path(config.run.dir).name,
+        **common,
+    )
+
+
+def _open_start(config: FolderModelConfig, name: str) -> TwoTower:
+    """The saved model that a recipe starts from; `name` is what its fine-tuned self is called."""
+    if not Path(resolve_path(config.path)).is_dir():
+        raise UserError(f"model.path: {config.path} does not exist; name a run folder or a model folder")
+    model = load(resolve_path(config.path), device="cpu")
+    if model.open_clip_config is None:  # there it is the architecture's
+        model.name = name
+    scale = config.logit_scale
+    model.scale_max = scale.max or model.scale_max
+    if scale.init is not None:
+        model.logit_scale.data.fill_(math.log(scale.init))
+    model.logit_scale.requires_grad_(scale.learned)
+    if config.logit_bias is not None:
+        model.logit_bias = nn.Parameter(torch.tensor(config.logit_bias))
+    for tower in ("image", "text"):
+        if getattr(config, tower).locked:
+            model.lock(tower)
     return model
 
 
@@ -308,6 +346,26 @@ def build_every(value: int | str | None, epoch: int, batch: int) -> Every | None
     return Every(steps=max(1, round(number * (epoch if unit == "epoch" else 1) / batch)))
 
 
+def build_unfreezing(config: Config, epoch: int, duration: Duration) -> dict[str, Until]:
+    """Until where each tower is locked, of those that are for a while; an epoch is `epoch` pairs.
+
+    Raises:
+        UserError: the run ends before that.
+    """
+    until = {}
+    for tower, choice in _towers(config).items():
+        every = build_every(choice.unfreeze_at, epoch, config.train.global_batch)
+        if every is None:
+            continue
+        if every.steps is not None and duration.steps is not None and every.steps >= duration.steps:
+            raise UserError(
+                f"model.{tower}.unfreeze_at: {choice.unfreeze_at} is step {every.steps} of a run of {duration.steps}; "
+                f"set it lower, or model.{tower}.locked to true"
+            )
+        until[tower] = Until(steps=every.steps, share=every.share)
+    return until
+
+
 def build_schedule(config: Config) -> Schedule:
     """Warm-up and shape of the learning rate."""
     warmup = share_or_steps(config.optim.warmup)
@@ -360,6 +418,8 @@ def build_trainer(
             **place,
         )
 
+    towers = _towers(config)
+    layer_decay = {tower: choice.layer_decay for tower, choice in towers.items() if choice.layer_decay != 1}
     network: nn.Module = model
     if world > 1:
         network = _synchronise_batch_norm(model, accelerator)
@@ -373,7 +433,9 @@ def build_trainer(
             weight_decay=config.optim.weight_decay,
             betas=config.optim.betas,
             eps=config.optim.eps,
-            tower_lr={"image": config.model.image.lr_scale, "text": config.model.text.lr_scale},
+            tower_lr={tower: choice.lr_scale for tower, choice in towers.items()},
+            layer_decay=layer_decay,
+            layers={name: layer for tower in layer_decay for name, layer in model.layers(tower).items()},
         ),
         build_schedule(config),
         duration,
@@ -390,9 +452,12 @@ def build_trainer(
             "model": {**describe(model), "name": None},
             "loss": [term.kind for term in terms_of(config.loss)],
             "locked towers": list(model.locked),
+            "adapters": model.adapters or None,
+            "layer decay": layer_decay or None,
         },
         clip=config.optim.clip,
         chunk=config.train.chunk,
+        unfreeze_at=build_unfreezing(config, data.epoch_size, duration),
         checkpoint_every=build_every(config.checkpoint.every, data.epoch_size, batch),
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,

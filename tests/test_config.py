@@ -266,7 +266,7 @@ SETS = (
         ("loss=margin", 'loss: expected a block of keys (value "margin")'),
         ("optim.schedule=cosin", "optim.schedule: expected 'cosine' or 'constant' (value \"cosin\")"),
         ("loss.kind=magrin", "loss.kind: unknown kind (value \"magrin\"). Did you mean 'margin'?"),
-        ("model.kind=resnet", 'model.kind: unknown kind (value "resnet"). Valid: pair, open_clip'),
+        ("model.kind=resnet", 'model.kind: unknown kind (value "resnet"). Valid: pair, open_clip, folder'),
         (
             "model.text.pool=cls",
             "model.text.pool: expected 'mean' or 'end' for kind transformer (value \"cls\")",

@@ -21,6 +21,7 @@ def impossible_combinations(config: Config) -> Iterator[Problem]:
     yield from _length(config)
     if config.model.kind == "pair":
         yield from _towers(config)
+    yield from _tuning(config)
     yield from _scale(config)
     yield from _losses(config)
     yield from _augmentation(config)
@@ -59,9 +60,26 @@ def _towers(config: Config) -> Iterator[Problem]:
         yield ("model.tokenizer.kind", "model.text.kind"), line
 
 
+def _tuning(config: Config) -> Iterator[Problem]:
+    """What else is said of a tower that is locked."""
+    for name in ("image", "text"):
+        tower, where = getattr(config.model, name), f"model.{name}"
+        if not tower.locked:
+            continue
+        if tower.lora is not None:
+            line = f"{where}.lora: the adapters lock the tower themselves; leave {where}.locked out"
+            yield (f"{where}.lora", f"{where}.locked"), line
+        if tower.unfreeze_at is not None:
+            line = f"{where}.unfreeze_at: {tower.unfreeze_at} does not come for a tower that is locked for good; "
+            yield (f"{where}.unfreeze_at", f"{where}.locked"), line + f"set {where}.locked to false"
+        if tower.layer_decay != 1:
+            line = f"{where}.layer_decay: {tower.layer_decay:g} does nothing for a locked tower; set it to 1"
+            yield (f"{where}.layer_decay", f"{where}.locked"), line
+
+
 def _scale(config: Config) -> Iterator[Problem]:
     scale = config.model.logit_scale
-    if scale.init > scale.max:
+    if scale.init is not None and scale.max is not None and scale.init > scale.max:
         line = f"model.logit_scale.init: {scale.init:g} is above model.logit_scale.max {scale.max:g}"
         yield ("model.logit_scale.init", "model.logit_scale.max"), line
 
@@ -69,7 +87,8 @@ def _scale(config: Config) -> Iterator[Problem]:
 def _losses(config: Config) -> Iterator[Problem]:
     terms = terms_of(config.loss)
     kinds = [term.kind for term in terms]
-    own_bias = config.model.kind == "open_clip" and config.model.pretrained is not None  # the weights may bring one
+    own_bias = config.model.kind == "folder"  # the weights may bring one
+    own_bias = own_bias or (config.model.kind == "open_clip" and config.model.pretrained is not None)
     if "siglip" in kinds and config.model.logit_bias is None and not own_bias:
         line = "loss: siglip needs a learned bias; set model.logit_bias to -10 (and model.logit_scale.init to 10)"
         yield ("loss", "model.logit_bias"), line

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from contrastive.config.block import Block, Positive, Share, kind_of
 from contrastive.config.combinations import impossible_combinations
 from contrastive.config.losses import InfoNCEConfig, LossConfig
-from contrastive.config.spans import period, warmup_span
+from contrastive.config.spans import period, place, warmup_span
 
 
 def _sets(value: Any) -> str | dict[str, int]:
@@ -25,6 +25,16 @@ def _sets(value: Any) -> str | dict[str, int]:
     raise PydanticCustomError("sets", "{text}", {"text": text})
 
 
+def _targets(value: Any) -> str | tuple[str, ...]:
+    """`auto`, or names of modules."""
+    if value == "auto":
+        return "auto"
+    if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    text = "expected auto, or a list of names of modules as they end, such as [qkv, mlp.fc1]"
+    raise PydanticCustomError("targets", "{text}", {"text": text})
+
+
 Channels = Annotated[tuple[float, float, float], Field(strict=False)]
 
 
@@ -35,11 +45,30 @@ class RunConfig(Block):
     seed: int = Field(0, ge=0, description="weights, order and augmentation are a function of it")
 
 
+class LoraConfig(Block):
+    """Low-rank adapters on a tower that is locked otherwise (peft)."""
+
+    rank: int = Field(8, ge=1, description="of the product that is added to a layer's weight")
+    alpha: Positive = Field(16.0, description="the product is multiplied with alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability, on what the adapters read")
+    targets: Annotated[str | tuple[str, ...], PlainValidator(_targets)] = Field(
+        "auto",
+        description="names of modules as they end; auto: all linear maps, or all convolutions where there is none",
+    )
+
+
 class TowerConfig(Block):
     """How a tower is trained."""
 
     locked: bool = Field(False, description="keep the tower's weights as they are")
+    unfreeze_at: Annotated[int | str, PlainValidator(place)] | None = Field(
+        None, description="locked until then: steps, or 10% of the run, 1 epoch, 50000 samples; null: never locked"
+    )
     lr_scale: Positive = Field(1.0, description="times optim.lr")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="the rate falls by this factor from a layer to the one below, from the projection"
+    )
+    lora: LoraConfig | None = Field(None, description="learn adapters in place of the tower's own weights; null: none")
 
 
 class TimmImageConfig(TowerConfig):
@@ -145,8 +174,29 @@ class OpenClipModelConfig(Block):
     logit_bias: float | None = Field(None, description="start of a learned bias on the logits")
 
 
+class SavedScaleConfig(Block):
+    """The logit scale of a saved model."""
+
+    init: Positive | None = Field(None, description="start; null: as saved")
+    max: Positive | None = Field(None, description="cap; null: as saved")
+    learned: bool = Field(True, description="train it")
+
+
+class FolderModelConfig(Block):
+    """A saved model to start from: its architecture, weights and tokenizer."""
+
+    kind: Literal["folder"] = "folder"
+    path: str = Field(min_length=1, description="a run folder or a model folder")
+    image: TowerConfig = TowerConfig()
+    text: TowerConfig = TowerConfig()
+    logit_scale: SavedScaleConfig = SavedScaleConfig()
+    logit_bias: float | None = Field(None, description="start of a learned bias on the logits; null: as saved")
+
+
 ModelConfig = Annotated[
-    Annotated[PairModelConfig, Tag("pair")] | Annotated[OpenClipModelConfig, Tag("open_clip")],
+    Annotated[PairModelConfig, Tag("pair")]
+    | Annotated[OpenClipModelConfig, Tag("open_clip")]
+    | Annotated[FolderModelConfig, Tag("folder")],
     kind_of("model"),
 ]
 

@@ -29,6 +29,18 @@ def period(value: Any) -> int | str:
     raise PydanticCustomError("span", "{text}", {"text": text + "50000 samples, above 0 and at most 100%"})
 
 
+def place(value: Any) -> int | str:
+    """A place in the run: a number of steps, a share, epochs ("1 epoch") or samples ("50000 samples")."""
+    share = _share(value)
+    if _is_steps(value, 1) or (share and share < 100):
+        return value
+    if isinstance(value, str) and (found := _PERIOD.fullmatch(value)) and float(found[1]) > 0:
+        if found[2] not in SECONDS:
+            return value
+    text = "expected a number of steps, a share of the run such as 10%, or a text such as 1 epoch or 50000 samples, "
+    raise PydanticCustomError("span", "{text}", {"text": text + "above 0 and below 100%"})
+
+
 def period_parts(value: str) -> tuple[float, str]:
     """Number and unit of a period that is neither steps nor a share: "s", "m", "h", "epoch" or "sample"."""
     found = _PERIOD.fullmatch(value)

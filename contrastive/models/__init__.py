@@ -1,5 +1,6 @@
 """Towers, the two-tower model, tokenizers, and the folder that a model is saved to."""
 
+from contrastive.models.adapters import add_adapters
 from contrastive.models.folder import (
     RandomWeightsWarning,
     describe,
@@ -9,6 +10,7 @@ from contrastive.models.folder import (
     save_model,
 )
 from contrastive.models.image_towers import TimmImageTower
+from contrastive.models.interpolate import interpolate
 from contrastive.models.open_clip_towers import open_clip_model
 from contrastive.models.text_towers import HuggingFaceTextTower, TransformerTextTower
 from contrastive.models.tokenizer import CorpusTokenizer, OpenClipTokenizer, Tokenizer, train_tokenizer
@@ -23,8 +25,10 @@ __all__ = [
     "Tokenizer",
     "TransformerTextTower",
     "TwoTower",
+    "add_adapters",
     "describe",
     "fingerprint",
+    "interpolate",
     "load",
     "open_clip_model",
     "reinitialised",

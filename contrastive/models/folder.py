@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from contrastive.errors import UserError
+from contrastive.models.adapters import plain_state
 from contrastive.models.image_towers import TimmImageTower
 from contrastive.models.open_clip_towers import open_clip_model
 from contrastive.models.text_towers import HuggingFaceTextTower, TransformerTextTower
@@ -77,11 +78,11 @@ def describe(model: TwoTower) -> dict[str, Any]:
 
 
 def save_model(model: TwoTower, folder: str | Path) -> Path:
-    """Write `model` to `folder`, which `contrastive.load` opens; returns the folder."""
+    """Write `model`, its adapters merged, to `folder`, which `contrastive.load` opens; returns the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     description = {**describe(model), "tokenizer": model.tokenizer.save(folder)}
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in plain_state(model).items()}
     save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
     (folder / "model.safetensors.tmp").replace(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -201,7 +202,7 @@ def fingerprint(model: TwoTower) -> str:
     """Hash of the weights and the description: two models with the same one give the same embeddings."""
     if model.whole_fingerprint is not None:
         return model.whole_fingerprint
-    state = model.state_dict()
+    state = plain_state(model)
     return _digest(describe(model), sorted(state), state.__getitem__)
 
 

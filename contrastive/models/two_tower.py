@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from contrastive.images import square
 from contrastive.models.image_towers import ImageTower
+from contrastive.models.layers import layers_of
 from contrastive.models.text_towers import TextTower
 from contrastive.models.tokenizer import Tokenizer
 
@@ -64,11 +65,11 @@ class TwoTower(nn.Module):
         self.channels_last = False
         self.open_clip_config: dict[str, Any] | None = None  # set for a model of open_clip: what rebuilds it
         self.whole_fingerprint: str | None = None  # of a model opened without its text tower: what it would have
-        self.locked = tuple(tower for tower, lock in (("image", lock_image), ("text", lock_text)) if lock)
-        for tower in self.locked:
-            projection = {id(parameter) for parameter in getattr(self, tower).projection_parameters()}
-            for parameter in getattr(self, tower).parameters():
-                parameter.requires_grad_(id(parameter) in projection)
+        self.adapters: dict[str, dict[str, Any]] = {}  # by tower, what `add_adapters` gave it
+        self.locked: tuple[str, ...] = ()
+        self.held: tuple[str, ...] = ()  # locked for the time being, see `hold`
+        for tower in [tower for tower, lock in (("image", lock_image), ("text", lock_text)) if lock]:
+            self.lock(tower)
 
     # ---- using the model
 
@@ -106,7 +107,8 @@ class TwoTower(nn.Module):
     @property
     def shares_prefixes(self) -> bool:
         """Whether `encode_prompts` computes shared beginnings once; best then with all texts in one call."""
-        return bool(getattr(self.text, "shares_prefixes", False))
+        # what shares them reads weights and calls no layer, so that it would pass adapters by
+        return bool(getattr(self.text, "shares_prefixes", False)) and "text" not in self.adapters
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Features before the projection ``(N, F)``, what a linear probe reads.
@@ -145,10 +147,38 @@ class TwoTower(nn.Module):
         with torch.no_grad():
             self.logit_scale.clamp_(0.0, math.log(self.scale_max))
 
+    def lock(self, tower: str) -> None:
+        """Keep the trunk of "image" or "text" as it is, for good; its projection goes on learning."""
+        self.locked = (*self.locked, tower)
+        for parameter in self.trunk_parameters(tower):
+            parameter.requires_grad_(False)
+
+    def hold(self, towers: Sequence[str]) -> None:
+        """Put the trunks of `towers`, and of no others but the locked ones, in evaluation mode until the next call.
+
+        That keeps their batch statistics; whoever calls it keeps their weights, see `training.hold`.
+        """
+        self.held = tuple(towers)
+        self.train(self.training)
+
+    def trunk_parameters(self, tower: str) -> list[nn.Parameter]:
+        """The parameters of a tower in front of its projection."""
+        half: Any = getattr(self, tower)
+        projection = {id(parameter) for parameter in half.projection_parameters()}
+        return [parameter for parameter in half.parameters() if id(parameter) not in projection]
+
+    def layers(self, tower: str) -> dict[str, int]:
+        """The layer of each parameter of a tower, by its name in this model; see `layers_of`."""
+        return {f"{tower}.{name}": layer for name, layer in layers_of(getattr(self, tower)).items()}
+
     def train(self, mode: bool = True) -> TwoTower:
         super().train(mode)
-        for tower in self.locked:  # a locked tower's dropout and batch statistics stay off
+        for tower in {*self.locked, *self.held}:  # dropout and batch statistics stay off
             getattr(self, tower).eval()
+        for tower in self.adapters.keys() - set(self.held):  # but for the dropout of what learns there
+            for part in getattr(self, tower).modules():
+                if hasattr(part, "lora_dropout"):
+                    part.lora_dropout.train(mode)
         return self
 
     def checkpoint_gradients(self) -> None:

@@ -3,6 +3,7 @@
 from contrastive.training.caching import cached_backward, check_chunkable
 from contrastive.training.checkpoint import check_identity, list_checkpoints, newest_whole
 from contrastive.training.faults import exit_on_signal
+from contrastive.training.hold import Until
 from contrastive.training.optimizer import adamw
 from contrastive.training.progress import LINE_EVERY_SECONDS
 from contrastive.training.schedule import Duration, Every, Schedule
@@ -19,6 +20,7 @@ __all__ = [
     "Skips",
     "TooManySkips",
     "Trainer",
+    "Until",
     "adamw",
     "append_metrics",
     "cached_backward",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from contrastive.training.caching import Output, cached_backward, check_chunkable
+from contrastive.training.hold import Hold
 from contrastive.training.optimizer import set_learning_rate
 
 LossFunction = Callable[..., dict[str, Tensor]]
@@ -28,6 +29,7 @@ class TrainStep:
         loss: follows the loss contract; its value is such that averaged gradients are those of the global loss.
         clip: largest gradient norm, or None.
         chunk: rows of a batch that go through the towers at once, see `cached_backward`; None for all.
+        hold: of towers whose time has not come; None for none.
 
     A step whose gradient is not finite on some rank changes no weight on any; its "skipped" is 1.
 
@@ -44,6 +46,7 @@ class TrainStep:
         *,
         clip: float | None,
         chunk: int | None = None,
+        hold: Hold | None = None,
     ) -> None:
         self.accelerator, self.model, self.loss, self.optimizer, self.clip = (
             accelerator,
@@ -52,7 +55,7 @@ class TrainStep:
             optimizer,
             clip,
         )
-        self.chunk = chunk
+        self.chunk, self.hold = chunk, hold
         self.two_tower: Any = accelerator.unwrap_model(model)
         if chunk is not None:
             check_chunkable(self.two_tower.train(), chunk)
@@ -74,6 +77,8 @@ class TrainStep:
             metrics = cached_backward(
                 self.model, batch.pixels, batch.tokens, loss, chunk=self.chunk, backward=self.accelerator.backward
             )
+        if self.hold is not None:
+            self.hold.drop_gradients()
         # the averaged gradients are the same on every rank, and so is their norm: what follows is decided alike
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
         if norm is not None:

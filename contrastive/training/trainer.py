@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from contrastive.errors import UserError
 from contrastive.training.checkpoint import load_checkpoint, set_aside, take_snapshot
 from contrastive.training.faults import Watchdog, stop_on_signal
+from contrastive.training.hold import Hold, Until
 from contrastive.training.progress import Progress
 from contrastive.training.saver import Saver
 from contrastive.training.schedule import Duration, Every, Schedule
@@ -54,6 +55,7 @@ class Trainer:
             ``identity``, JSON that is equal for equal streams, and ``state(step)``, see `PairLoader`.
         skips: counts what the loader leaves out, and stops the run when that is too much.
         chunk: rows that a process puts through the towers at once, see `TrainStep`.
+        unfreeze_at: by tower, until where its trunk is locked, see `Hold`.
         identity: what a checkpoint must have in common with this run to be resumed (JSON).
         checkpoint_every: None saves at the end only. Checkpoints are written in the background; the newest `keep` stay,
             and those of every `keep_every` steps, and the one with the largest value of `keep_best`, a name that
@@ -79,6 +81,7 @@ class Trainer:
         identity: dict[str, Any],
         clip: float | None = 1.0,
         chunk: int | None = None,
+        unfreeze_at: Mapping[str, Until] | None = None,
         checkpoint_every: Every | None = None,
         keep: int = 2,
         keep_every: int | None = None,
@@ -95,7 +98,10 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         # A loss may keep something from step to step (a module with buffers): it is on the device and in checkpoints.
         self.loss = loss.to(accelerator.device).train() if isinstance(loss, nn.Module) else None
-        self.train_step = TrainStep(accelerator, self.model, loss, self.optimizer, clip=clip, chunk=chunk)
+        self.hold = Hold(self.model, accelerator.unwrap_model(self.model), unfreeze_at or {})
+        self.train_step = TrainStep(
+            accelerator, self.model, loss, self.optimizer, clip=clip, chunk=chunk, hold=self.hold
+        )
         self.run_dir, self.global_batch = run_dir, global_batch
         self._loader = make_loader(0)  # what is wrong with it is told before the first step
         self.identity = {**identity, "loader": self._loader.identity}
@@ -144,6 +150,7 @@ class Trainer:
                 wait = time.perf_counter() - waiting
                 stopping = self._agree(stop_requested.is_set(), batch, fault)
                 factor = self.schedule.factor(self.step, share)
+                self.hold.move_to(self.step, share)
                 metrics = self.train_step(batch, factor)
                 self.step += 1
                 before, now = (self.step - 1, self.seconds, share), time.perf_counter()
