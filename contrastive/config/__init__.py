@@ -4,6 +4,7 @@
 keys to one another, `reading` the YAML and the overrides, `problems` the text of what is wrong.
 """
 
+from contrastive.config.curriculum import StageConfig, drops_patches
 from contrastive.config.losses import (
     CustomLossConfig,
     CyCLIPConfig,
@@ -25,6 +26,7 @@ from contrastive.config.recipe import (
     EvalConfig,
     HuggingFaceTextConfig,
     HuggingFaceTokenizerConfig,
+    ImageTowerConfig,
     LabelledSetConfig,
     LogitScaleConfig,
     ModelConfig,
@@ -58,6 +60,7 @@ __all__ = [
     "EvalConfig",
     "HuggingFaceTextConfig",
     "HuggingFaceTokenizerConfig",
+    "ImageTowerConfig",
     "InfoNCEConfig",
     "LabelledSetConfig",
     "LogitScaleConfig",
@@ -69,6 +72,7 @@ __all__ = [
     "OptimConfig",
     "PairModelConfig",
     "RunConfig",
+    "StageConfig",
     "TextConfig",
     "TimmImageConfig",
     "TokenizerConfig",
@@ -77,6 +81,7 @@ __all__ = [
     "TrainConfig",
     "TrainedTokenizerConfig",
     "TransformerTextConfig",
+    "drops_patches",
     "dump_yaml",
     "load_config",
 ]

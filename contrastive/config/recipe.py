@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from contrastive.config.block import Block, Positive, Share, kind_of
 from contrastive.config.combinations import impossible_combinations
+from contrastive.config.curriculum import StageConfig
 from contrastive.config.losses import InfoNCEConfig, LossConfig
 from contrastive.config.spans import period, warmup_span
 
@@ -42,7 +43,15 @@ class TowerConfig(Block):
     lr_scale: Positive = Field(1.0, description="times optim.lr")
 
 
-class TimmImageConfig(TowerConfig):
+class ImageTowerConfig(TowerConfig):
+    """How an image tower is trained."""
+
+    patch_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of an image's patches that training leaves out (vision transformers)"
+    )
+
+
+class TimmImageConfig(ImageTowerConfig):
     """An image tower from timm."""
 
     kind: Literal["timm"] = "timm"
@@ -139,7 +148,7 @@ class OpenClipModelConfig(Block):
     kind: Literal["open_clip"] = "open_clip"
     name: str = Field(min_length=1, description="open_clip's name of the model, or the path of a JSON")
     pretrained: str | None = Field(None, description="open_clip's tag of the weights, or a checkpoint file")
-    image: TowerConfig = TowerConfig()
+    image: ImageTowerConfig = ImageTowerConfig()
     text: TowerConfig = TowerConfig()
     logit_scale: LogitScaleConfig = LogitScaleConfig()
     logit_bias: float | None = Field(None, description="start of a learned bias on the logits")
@@ -188,6 +197,11 @@ class DataConfig(Block):
         description="pixels: decode every image once, beside the shards (images of one size only); "
         "features: run the towers once (both locked, no augmentation)",
     )
+    features: str | None = Field(
+        None,
+        min_length=1,
+        description="the folder that keeps features of teachers and of locked towers; null: features, beside run.dir",
+    )
     caption_variants: Share = Field(0.0, description="probability of drawing one of a sample's further captions")
     augment: AugmentConfig = AugmentConfig()
 
@@ -222,6 +236,12 @@ class TrainConfig(Block):
     epochs: Positive | None = None
     minutes: Positive | None = None
     global_batch: int = Field(512, ge=2, description="samples a step, over all processes")
+    curriculum: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field(
+        (), description="stages before the recipe's own size, context and patch_dropout, in their order"
+    )
+    unmasked_tail: Annotated[int | str, PlainValidator(period)] | None = Field(
+        None, description="the last part of the run in which no patch is left out: 5%, or steps, 1 epoch, 10m"
+    )
     chunk: int | None = Field(
         None,
         ge=1,

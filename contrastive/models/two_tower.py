@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from contrastive.images import square
 from contrastive.models.image_towers import ImageTower
+from contrastive.models.stages import PATCH_DROPOUTS
 from contrastive.models.text_towers import TextTower
 from contrastive.models.tokenizer import Tokenizer
 
@@ -150,6 +151,12 @@ class TwoTower(nn.Module):
         for tower in self.locked:  # a locked tower's dropout and batch statistics stay off
             getattr(self, tower).eval()
         return self
+
+    def set_patch_dropout(self, rate: float) -> None:
+        """Leave this share of an image's patches out in training, from now on; see `stages.add_patch_dropout`."""
+        for part in self.image.modules():
+            if isinstance(part, PATCH_DROPOUTS):
+                part.prob = rate
 
     def checkpoint_gradients(self) -> None:
         """Recompute activations in backward instead of storing them."""
