@@ -1,6 +1,7 @@
 """Runs in stages: what each step sees, that no sample is lost in between, and that a resumed run is the same run."""
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -225,19 +226,40 @@ def test_a_run_of_so_many_minutes_has_its_stages_by_the_clock(make_config, steps
     assert [row["entered"] for row in steps] == [2] * 3 + [3] * 3 + [9] * 3 + [17] * 3
 
 
-def on_ranks(rank: int, world: int, corpus: Path, folder: Path) -> None:
-    stages = "train.curriculum=[{until: 3, size: 8, context: 3}, {until: 60%, size: 16}]"
-    config = tiny_config(corpus, folder / "run", *FIXED, *EXACT, stages, "train.steps=10")
+def losses(rank: int, world: int, corpus: Path, folder: Path) -> list[float]:
+    stages = "train.curriculum=[{until: 5, size: 8, context: 3}, {until: 60%, size: 16}]"
+    config = tiny_config(corpus, folder / f"{rank}" / "run", *FIXED, *EXACT, stages, "train.steps=20")
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder / "run")})})
     pretrain(config, quiet=True)
+    rows = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
-def test_two_processes_train_as_one(tmp_path, corpus):
-    found = []
-    for world in (1, 2):
-        run_ranks(world, on_ranks, corpus, tmp_path / str(world))
-        found.append(load_file(tmp_path / str(world) / "run" / "model" / "model.safetensors"))
-    for key, value in found[0].items():
-        torch.testing.assert_close(found[1][key], value, atol=2e-4, rtol=1e-3, msg=key)
+def test_two_processes_give_the_loss_curve_of_one_through_all_stages(tmp_path, corpus):
+    one = run_ranks(1, losses, corpus, tmp_path / "one")[0]
+    two = run_ranks(2, losses, corpus, tmp_path / "two")[0]
+    assert len(one) == 20 and two == pytest.approx(one, rel=1e-4)
+
+
+def sizes_by_the_clock(rank: int, world: int, corpus: Path, folder: Path) -> list[int]:
+    seen: list[int] = []
+    plain = TrainStep.__call__
+
+    def call(self, batch, factor):
+        seen.append(batch.pixels.shape[-1])
+        time.sleep(0.05 * ((len(seen) + rank) % 2))  # now one process is slow, now the other
+        return plain(self, batch, factor)
+
+    TrainStep.__call__ = call  # type: ignore[method-assign]
+    stages = "train.curriculum=[{until: 30%, size: 8}, {until: 60%, size: 16}]"
+    config = tiny_config(corpus, folder / "run", *FIXED, stages, "train.steps=null", "train.minutes=0.05")
+    pretrain(config, quiet=True)
+    return seen
+
+
+def test_by_the_clock_all_processes_change_their_stage_at_one_step(tmp_path, corpus):
+    one, other = run_ranks(2, sizes_by_the_clock, corpus, tmp_path)
+    assert one == other and sorted(set(one)) == [8, 16, 32]
 
 
 # ---- the places of stages
