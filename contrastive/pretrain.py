@@ -23,11 +23,13 @@ from contrastive.build import (
     Teacher,
     build_accelerator,
     build_data,
+    build_duration,
     build_model,
     build_trainer,
     check_batch,
     wants_training,
 )
+from contrastive.build_stages import build_curriculum
 from contrastive.config import Config, CustomLossConfig, DistillationConfig, dump_yaml, terms_of
 from contrastive.errors import UserError
 from contrastive.evaluation import (
@@ -454,6 +456,8 @@ def dry_run(config: Config) -> str:
         trained = train_tokenizer(captions, choice.vocab_size, choice.lowercase).to_str()
     check_losses(config)
     model = build_model(config, trained)
+    if data is not None:
+        build_curriculum(config, model, build_duration(config, data.epoch_size), data.epoch_size)
     if config.train.chunk is not None:
         check_chunkable(model.train(), config.train.chunk)
     lines = [f"recipe is valid; run folder {config.run.dir}"]

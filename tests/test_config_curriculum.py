@@ -1,5 +1,8 @@
 """The keys of a run in stages, and what they are refused with."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from contrastive.config import dump_yaml, load_config
@@ -79,3 +82,14 @@ def test_what_is_wrong_is_told_with_its_remedy(load, overrides, line):
 ])  # fmt: skip
 def test_what_fits_together_is_read(load, overrides):
     assert load(*overrides)
+
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "curriculum.md").read_text()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
+def test_every_example_of_the_page_is_a_recipe(block, tmp_path):
+    rest = {"data": "data: {train: a}\n", "train": "train: {steps: 1}\n"}
+    missing = "".join(line for key, line in rest.items() if not re.search(f"^{key}:", block, re.MULTILINE))
+    (tmp_path / "example.yaml").write_text(block + missing)
+    load_config(tmp_path / "example.yaml")

@@ -12,7 +12,6 @@ find another folder, and what is found need not be compared with anything. In a 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -28,11 +27,19 @@ from numpy.typing import NDArray
 
 from contrastive.errors import UserError
 from contrastive.evaluation.embed import embed
-from contrastive.evaluation.stored import model_hash, preprocessing_hash, rank_and_world, wait_for_ranks, write_json
+from contrastive.evaluation.stored import (
+    model_hash,
+    preprocessing_hash,
+    rank_and_world,
+    wait_for_ranks,
+    write_json,
+    write_rows,
+)
 from contrastive.shards import Mixture
 
 FORMAT = 1
 KINDS = ("image", "text")
+BLOCK = 1 << 16  # rows that are copied at a time
 Progress = Callable[[int, int], None]
 
 
@@ -99,31 +106,36 @@ def _fill(
     folder: Path, model: Any, data: Mixture, features: str, identity: dict[str, Any], progress: Progress | None
 ) -> None:
     main = rank_and_world()[0] == 0
-    files: dict[str, np.memmap[Any, Any]] = {}
     rejected: dict[int, str] = {}
     for number, (part, offset) in enumerate(zip(data.parts, data.offsets.tolist(), strict=False)):
         found = embed(model, part, features=features, cache=folder / "filling" / str(number), progress=progress)
         assert found.text is not None, "the index holds no sample without a caption"
         reasons = {i: found.failures[key] for i in range(len(part)) if (key := part.key(i)) in found.failures}
         rejected |= {offset + i: reason for i, reason in reasons.items()}
+        read = np.array([i not in reasons for i in range(len(part))])
+        assert read.sum() == len(found.keys)
         if main:
-            rows = offset + np.array([i for i in range(len(part)) if i not in reasons])
-            assert len(rows) == len(found.keys)
-            for kind, values in zip(KINDS, (found.image, found.text), strict=True):
-                if kind not in files:
-                    shape = (len(data), values.shape[1])
-                    files[kind] = np.lib.format.open_memmap(folder / f".{kind}.npy", "w+", np.float32, shape)
-                files[kind][rows] = values
+            for kind, rows in zip(KINDS, (found.image, found.text), strict=True):
+                _put_in_place(folder / f".{kind}.npy", rows, read, offset, len(data))
     try:
         if main:
-            for kind, file in files.items():
-                file.flush()
+            for kind in KINDS:
                 os.replace(folder / f".{kind}.npy", folder / f"{kind}.npy")
             sizes = {kind: (folder / f"{kind}.npy").stat().st_size for kind in KINDS}
             write_json(folder / "whole.json", {**identity, "bytes": sizes, "rejected": rejected}, indent=2)
             shutil.rmtree(folder / "filling")
     finally:
         wait_for_ranks()  # also behind an error, which the others meet as a folder that is not whole
+
+
+def _put_in_place(file: Path, rows: NDArray[np.float32], read_S: NDArray[np.bool_], offset: int, samples: int) -> None:
+    """Write the rows of one set's samples, those that could be read, from row `offset` on; zeros for the others."""
+    row_S = np.cumsum(read_S) - 1
+    for start in range(0, len(read_S), BLOCK):
+        read = read_S[start : start + BLOCK]
+        block = np.zeros((len(read), rows.shape[1]), np.float32)
+        block[read] = rows[row_S[start : start + BLOCK][read]]
+        write_rows(file, samples, offset + start, block)
 
 
 def _open(folder: Path, samples: int) -> StoredFeatures | None:
@@ -145,6 +157,11 @@ def _open(folder: Path, samples: int) -> StoredFeatures | None:
 def _alone(path: Path, main: bool, say: Callable[[str], None]) -> Iterator[None]:
     """Keep other runs out, by a lock of the main process that ends with it, however it ends."""
     if not main:
+        yield
+        return
+    try:
+        import fcntl
+    except ImportError:  # Windows
         yield
         return
     with open(path, "w") as file:

@@ -91,7 +91,7 @@ def embed_stored(
             for kind, rows in seen.features.items():
                 whole = np.zeros((len(items), *rows.shape[1:]), rows.dtype)
                 whole[read] = rows
-                _write_rows(folder / f"{kind}.npy", total, start, whole)
+                write_rows(folder / f"{kind}.npy", total, start, whole)
             outcomes = [(r.key, r.label, r.captions, why) for (r, _), why in zip(items, seen.reasons, strict=True)]
             write_json(file, {"content": content, "items": outcomes})
         if progress is not None:
@@ -170,7 +170,7 @@ def _texts(
         file.unlink(missing_ok=True)
         made = encode_texts(model, chosen, batch_size=batch_size, features=features, dtype=dtype)
         for kind, rows in made.items():
-            _write_rows(files[kind], len(texts), start, rows)
+            write_rows(files[kind], len(texts), start, rows)
         write_json(file, {"content": content})
     return files
 
@@ -197,7 +197,7 @@ def _rows(file: Path, read_N: NDArray[np.bool_]) -> NDArray[Any]:
     return rows if read_N.all() else rows[read_N]
 
 
-def _write_rows(file: Path, total: int, start: int, rows: NDArray[Any]) -> None:
+def write_rows(file: Path, total: int, start: int, rows: NDArray[Any]) -> None:
     """Put rows into their place of a `.npy` file of `total` rows, which is made where it is not there.
 
     Ranks write at the same time, each its own bytes; the header is the same from all of them.

@@ -126,6 +126,29 @@ def test_a_convolutional_tower_takes_every_size(make_config, steps):
     assert [row["size"] for row in steps] == [(16, 16)] * 3 + [(32, 32)] * 3
 
 
+def test_an_open_clip_model_goes_through_stages(make_config, steps, tmp_path):
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    name = tmp_path / "tiny-clip.json"
+    name.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    model = f"model={{kind: open_clip, name: {name}}}"
+    config = make_config(
+        "train.global_batch=8", model, STAGES, "train.steps=10", "train.gradient_checkpointing=true",
+        "model.image.patch_dropout=0.75", "train.unmasked_tail=2",
+    )  # fmt: skip
+    pretrain(config, quiet=True)
+    assert [row["size"] for row in steps] == [(8, 8)] * 3 + [(16, 16)] * 3 + [(32, 32)] * 4
+    assert [row["entered"] for row in steps] == [2] * 3 + [3] * 3 + [5] * 2 + [17] * 2
+    assert [row["tokens"].shape[1] for row in steps[:3]] == [3] * 3
+    assert (torch.cat([row["tokens"][:, -1] for row in steps[:3]]) == 49407).all()
+
+
+def test_a_stage_that_the_run_never_reaches_is_refused(make_config):
+    config = make_config(*FIXED, "train.curriculum=[{until: 3 epochs, size: 8}]", "train.steps=10")
+    with pytest.raises(UserError, match="until: 3 epochs is step 15; .* the run at step 10"):
+        dry_run(config)
+
+
 def test_chunks_give_the_losses_of_whole_batches_in_every_stage(make_config, tmp_path):
     curves = []
     stages = "train.curriculum=[{until: 3, size: 8, context: 3}, {until: 6, size: 16}]"
