@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from contrastive import pretrain as job
+from contrastive.errors import UserError
 from contrastive.evaluation import embed, stored
 from contrastive.models import TwoTower, load
 from contrastive.pretrain import pretrain
@@ -215,6 +216,36 @@ def test_killed_while_storing_the_next_start_goes_on_behind_the_parts_that_are_d
     assert sum(embedded) == 40 - 8 * parts
     expected = embed(load(teachers[0]), open_index(corpus / "shards"))
     np.testing.assert_allclose(np.load(folder / "image.npy"), expected.image, atol=1e-6)
+
+
+def train_and_count(config, where: Path) -> None:
+    seen: list[int] = []
+    job.load = counting(seen)
+    pretrain(config, quiet=True)
+    where.write_text(str(sum(seen)))
+
+
+def test_of_two_runs_at_once_one_makes_the_features(corpus, tmp_path, teachers):
+    context, configs = multiprocessing.get_context("fork"), {}
+    for name in ("one", "two"):
+        configs[name] = student(corpus, tmp_path, teachers[0], f"run.dir={tmp_path}/{name}")
+    processes = [
+        context.Process(target=train_and_count, args=(config, tmp_path / f"{name}.txt"))
+        for name, config in configs.items()
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted(int((tmp_path / f"{name}.txt").read_text()) for name in configs) == [0, 40]
+    assert same(*map(weights, configs.values()))
+
+
+def test_a_store_that_cannot_be_written_is_told(corpus, tmp_path, teachers):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="data.features: .*file/.* cannot be made"):
+        pretrain(student(corpus, tmp_path, teachers[0], f"data.features={tmp_path}/file"), quiet=True)
 
 
 def on_ranks(rank: int, world: int, corpus: Path, folder: Path, teacher: Path) -> int:
