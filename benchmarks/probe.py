@@ -16,8 +16,8 @@ tolerance there is: a callback reads the objective and ends the fit. In float32,
 "warm": the same from the optimum of the strength before, which it is given for nothing.
 
 A gap is (objective - optimum) / optimum in float64; the optimum is ours at tolerance 1e-7 of the bound. `--limit`
-seconds end a fit of scikit-learn's that does not get there; then its time is a lower bound, and so is the ratio. The two
-take turns set by set. Keep the machine idle otherwise.
+seconds end a fit of scikit-learn's that does not get there; then its time is a lower bound, and so is the ratio.
+The two take turns set by set. Keep the machine idle otherwise.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
 
+from contrastive.build_stages import build_curriculum, changes_size, curriculum_identity, prepare_towers
 from contrastive.config import (
     Config,
     CustomLossConfig,
@@ -64,6 +65,7 @@ from contrastive.models import (
 )
 from contrastive.shards import Augment, FeatureLoader, Mixture, PairLoader, TokenCache, open_index
 from contrastive.training import Duration, Every, Schedule, Skips, Trainer, Until, adamw, check_share
+from contrastive.training.curriculum import Settings
 
 
 class FrozenFeatures(NamedTuple):
@@ -143,6 +145,7 @@ def build_model(config: Config, trained_tokenizer: str = "") -> TwoTower:
         model.checkpoint_gradients()
     if config.train.channels_last:
         model.use_channels_last()
+    prepare_towers(config, model)
     return model
 
 
@@ -175,6 +178,7 @@ def _build_towers(config: Config, trained_tokenizer: str) -> TwoTower:
             weights=None if image.weights is None else resolve_path(image.weights),
             mean=image.mean,
             std=image.std,
+            any_size=changes_size(config),
         ),
         _build_text_tower(model_config, tokenizer),
         tokenizer,
@@ -297,8 +301,10 @@ def build_data(config: Config) -> Mixture:
     return Mixture(parts, list(config.data.train_sets.values()))
 
 
-def token_cache(model: TwoTower) -> TokenCache:
-    """The model's tokenizer with a memory, for one loader."""
+def token_cache(model: TwoTower, context: int | None = None) -> TokenCache:
+    """The model's tokenizer with a memory, for one loader; `context`: the tokens that are kept, where fewer."""
+    if context is not None and context < model.tokenizer.context:
+        return TokenCache(model.tokenizer.shortened(context), model.tokenizer.pad_id)
     width = None if model.text.cuts_text else model.tokenizer.context
     return TokenCache(model.tokenize, model.tokenizer.pad_id, width=width)
 
@@ -398,17 +404,18 @@ def build_trainer(
     world, batch = accelerator.num_processes, config.train.global_batch
     check_batch(config, data)
     duration = build_duration(config, data.epoch_size)
+    curriculum = build_curriculum(config, model, duration, data.epoch_size)
     model.to(accelerator.device)
 
-    def make_loader(start_step: int) -> PairLoader | FeatureLoader:
+    def make_loader(start_step: int, stage: Settings = curriculum.last) -> PairLoader | FeatureLoader:
         place: dict[str, Any] = {"global_batch": batch, "rank": accelerator.process_index, "world": world}
         place |= {"seed": config.run.seed, "window": config.data.window, "start_step": start_step}
         if features is not None:
             return FeatureLoader(data, *features, **place)
         return PairLoader(
             data,
-            tokenize=token_cache(model),
-            image_size=model.image_size,
+            tokenize=token_cache(model, stage.context),
+            image_size=stage.image_size or model.image_size,
             augment=build_augment(config),
             workers=config.data.workers,
             timeout=config.data.timeout,
@@ -454,7 +461,9 @@ def build_trainer(
             "locked towers": list(model.locked),
             "adapters": model.adapters or None,
             "layer decay": layer_decay or None,
+            "curriculum": curriculum_identity(config),
         },
+        curriculum=curriculum,
         clip=config.optim.clip,
         chunk=config.train.chunk,
         unfreeze_at=build_unfreezing(config, data.epoch_size, duration),

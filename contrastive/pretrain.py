@@ -14,33 +14,34 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from numpy.typing import NDArray
 
 from contrastive.build import (
     FrozenFeatures,
     Teacher,
     build_accelerator,
     build_data,
+    build_duration,
     build_model,
     build_trainer,
     check_batch,
     wants_training,
 )
+from contrastive.build_stages import build_curriculum
 from contrastive.config import Config, CustomLossConfig, DistillationConfig, dump_yaml, terms_of
 from contrastive.errors import UserError
 from contrastive.evaluation import (
     Evaluation,
     Examples,
-    embed,
+    StoredFeatures,
     evaluate_labelled,
     evaluate_pairs,
     format_results_table,
     open_labelled,
     read_templates,
+    stored_features,
     write_report,
 )
 from contrastive.losses import CustomLoss, fuse
@@ -124,7 +125,7 @@ def pretrain(
         accelerator,
         model,
         data,
-        features=frozen_features(model, data, accelerator) if config.data.cache == "features" else None,
+        features=frozen_features(config, model, data, accelerator) if config.data.cache == "features" else None,
         teachers=teachers_of(config, data, accelerator),
         validate=validation(validation_index, config.data.workers),
         quiet=quiet,
@@ -317,19 +318,20 @@ def summary(config: Config, model: TwoTower, data: Mixture, accelerator: Acceler
     )
 
 
-def frozen_features(model: TwoTower, data: Mixture, accelerator: Accelerator) -> FrozenFeatures:
-    """Run both locked trunks once over the data set; every process does it for itself.
+def frozen_features(config: Config, model: TwoTower, data: Mixture, accelerator: Accelerator) -> FrozenFeatures:
+    """What both locked trunks make of the data set: from disk, or run once over it.
 
     Raises:
         UserError: the text tower gives nothing from before its projection.
     """
     if not model.text.cuts_text:
         raise UserError(f"data.cache: features cannot be taken from the text tower of {model.name}; use pixels or none")
-    return FrozenFeatures(*run_once(model.to(accelerator.device), data, accelerator, "the locked towers", "tower"))
+    found = kept_features(config, model.to(accelerator.device), data, accelerator, "the locked towers", "tower")
+    return FrozenFeatures(*found)
 
 
 def teachers_of(config: Config, data: Mixture, accelerator: Accelerator) -> dict[str, Teacher]:
-    """Run the teachers that the recipe's loss names once over the data set; every process does it for itself.
+    """What the teachers that the recipe's loss names make of the data set: from disk, or run once over it.
 
     A teacher sees each image whole, whatever the student's augmentation makes of it.
     """
@@ -337,17 +339,17 @@ def teachers_of(config: Config, data: Mixture, accelerator: Accelerator) -> dict
     teachers = {}
     for name in sorted(names):
         model = load(name, device=accelerator.device)
-        image, text, _ = run_once(model, data, accelerator, f"the teacher {name}", "projected")
+        image, text, _ = kept_features(config, model, data, accelerator, f"the teacher {name}", "projected")
         scale = float(model.logit_scale.detach().exp())
         teachers[name] = Teacher(torch.from_numpy(image), torch.from_numpy(text), scale)
     return teachers
 
 
-def run_once(
-    model: TwoTower, data: Mixture, accelerator: Accelerator, what: str, features: str
-) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[int, str]]:
-    """Features of every image and first caption of `data`, rows as there; and why a sample has none, by its number."""
-    accelerator.print(f"running {what} once over {len(data):,} pairs", flush=True)
+def kept_features(
+    config: Config, model: TwoTower, data: Mixture, accelerator: Accelerator, name: str, features: str
+) -> StoredFeatures:
+    """Features of every image and first caption of `data`, rows as there; see `stored_features`."""
+    store = Path(config.data.features) if config.data.features else Path(config.run.dir).parent / "features"
     started = last = time.monotonic()
 
     def show(done: int, total: int) -> None:
@@ -356,20 +358,10 @@ def run_once(
             last, rate = now, done / (now - started)
             accelerator.print(f"  {done:,} of {total:,} images · {rate:,.0f} images/s", flush=True)
 
-    images: list[NDArray[np.float32]] = []
-    texts: list[NDArray[np.float32]] = []
-    rejected: dict[int, str] = {}
-    for part, offset in zip(data.parts, data.offsets.tolist(), strict=False):
-        found = embed(model, part, features=features, progress=show)
-        assert found.text is not None, "the index holds no sample without a caption"
-        reasons = {i: found.failures[key] for i in range(len(part)) if (key := part.key(i)) in found.failures}
-        valid = np.array([i not in reasons for i in range(len(part))])
-        assert valid.sum() == len(found.keys)
-        for all_rows, rows in ((images, found.image), (texts, found.text)):
-            all_rows.append(np.zeros((len(part), rows.shape[1]), np.float32))
-            all_rows[-1][valid] = rows
-        rejected |= {offset + i: reason for i, reason in reasons.items()}
-    return np.concatenate(images), np.concatenate(texts), rejected
+    def say(line: str) -> None:
+        accelerator.print(line, flush=True)
+
+    return stored_features(model, data, store, features=features, name=name, say=say, progress=show)
 
 
 def validation(index: ShardIndex | None, workers: int) -> Callable[[Any], dict[str, float]] | None:
@@ -464,6 +456,8 @@ def dry_run(config: Config) -> str:
         trained = train_tokenizer(captions, choice.vocab_size, choice.lowercase).to_str()
     check_losses(config)
     model = build_model(config, trained)
+    if data is not None:
+        build_curriculum(config, model, build_duration(config, data.epoch_size), data.epoch_size)
     if config.train.chunk is not None:
         check_chunkable(model.train(), config.train.chunk)
     lines = [f"recipe is valid; run folder {config.run.dir}"]

@@ -4,6 +4,7 @@
 keys to one another, `reading` the YAML and the overrides, `problems` the text of what is wrong.
 """
 
+from contrastive.config.curriculum import StageConfig, drops_patches
 from contrastive.config.losses import (
     CustomLossConfig,
     CyCLIPConfig,
@@ -26,6 +27,7 @@ from contrastive.config.recipe import (
     FolderModelConfig,
     HuggingFaceTextConfig,
     HuggingFaceTokenizerConfig,
+    ImageTowerConfig,
     LabelledSetConfig,
     LogitScaleConfig,
     LoraConfig,
@@ -61,6 +63,7 @@ __all__ = [
     "FolderModelConfig",
     "HuggingFaceTextConfig",
     "HuggingFaceTokenizerConfig",
+    "ImageTowerConfig",
     "InfoNCEConfig",
     "LabelledSetConfig",
     "LogitScaleConfig",
@@ -73,6 +76,7 @@ __all__ = [
     "OptimConfig",
     "PairModelConfig",
     "RunConfig",
+    "StageConfig",
     "TextConfig",
     "TimmImageConfig",
     "TokenizerConfig",
@@ -81,6 +85,7 @@ __all__ = [
     "TrainConfig",
     "TrainedTokenizerConfig",
     "TransformerTextConfig",
+    "drops_patches",
     "dump_yaml",
     "load_config",
 ]

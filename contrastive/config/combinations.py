@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from contrastive.config.curriculum import curriculum_problems
 from contrastive.config.losses import terms_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def impossible_combinations(config: Config) -> Iterator[Problem]:
     yield from _augmentation(config)
     yield from _cached_features(config)
     yield from _evaluation(config)
+    yield from curriculum_problems(config)
 
 
 def _length(config: Config) -> Iterator[Problem]:

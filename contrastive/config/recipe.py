@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from contrastive.config.block import Block, Positive, Share, kind_of
 from contrastive.config.combinations import impossible_combinations
+from contrastive.config.curriculum import StageConfig
 from contrastive.config.losses import InfoNCEConfig, LossConfig
 from contrastive.config.spans import period, place, warmup_span
 
@@ -71,7 +72,15 @@ class TowerConfig(Block):
     lora: LoraConfig | None = Field(None, description="learn adapters in place of the tower's own weights; null: none")
 
 
-class TimmImageConfig(TowerConfig):
+class ImageTowerConfig(TowerConfig):
+    """How an image tower is trained."""
+
+    patch_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of an image's patches that training leaves out (vision transformers)"
+    )
+
+
+class TimmImageConfig(ImageTowerConfig):
     """An image tower from timm."""
 
     kind: Literal["timm"] = "timm"
@@ -168,7 +177,7 @@ class OpenClipModelConfig(Block):
     kind: Literal["open_clip"] = "open_clip"
     name: str = Field(min_length=1, description="open_clip's name of the model, or the path of a JSON")
     pretrained: str | None = Field(None, description="open_clip's tag of the weights, or a checkpoint file")
-    image: TowerConfig = TowerConfig()
+    image: ImageTowerConfig = ImageTowerConfig()
     text: TowerConfig = TowerConfig()
     logit_scale: LogitScaleConfig = LogitScaleConfig()
     logit_bias: float | None = Field(None, description="start of a learned bias on the logits")
@@ -187,7 +196,7 @@ class FolderModelConfig(Block):
 
     kind: Literal["folder"] = "folder"
     path: str = Field(min_length=1, description="a run folder or a model folder")
-    image: TowerConfig = TowerConfig()
+    image: ImageTowerConfig = ImageTowerConfig()
     text: TowerConfig = TowerConfig()
     logit_scale: SavedScaleConfig = SavedScaleConfig()
     logit_bias: float | None = Field(None, description="start of a learned bias on the logits; null: as saved")
@@ -238,6 +247,11 @@ class DataConfig(Block):
         description="pixels: decode every image once, beside the shards (images of one size only); "
         "features: run the towers once (both locked, no augmentation)",
     )
+    features: str | None = Field(
+        None,
+        min_length=1,
+        description="the folder that keeps features of teachers and of locked towers; null: features, beside run.dir",
+    )
     caption_variants: Share = Field(0.0, description="probability of drawing one of a sample's further captions")
     augment: AugmentConfig = AugmentConfig()
 
@@ -272,6 +286,12 @@ class TrainConfig(Block):
     epochs: Positive | None = None
     minutes: Positive | None = None
     global_batch: int = Field(512, ge=2, description="samples a step, over all processes")
+    curriculum: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field(
+        (), description="stages before the recipe's own size, context and patch_dropout, in their order"
+    )
+    unmasked_tail: Annotated[int | str, PlainValidator(period)] | None = Field(
+        None, description="the last part of the run in which no patch is left out: 5%, or steps, 1 epoch, 10m"
+    )
     chunk: int | None = Field(
         None,
         ge=1,

@@ -5,6 +5,7 @@ from contrastive.evaluation.classifier_file import load_classifier
 from contrastive.evaluation.controls import ProbeOutcome, probe_with_controls
 from contrastive.evaluation.embed import Embeddings, embed, embed_texts
 from contrastive.evaluation.examples import Examples
+from contrastive.evaluation.feature_store import StoredFeatures, stored_features
 from contrastive.evaluation.fewshot import few_shot
 from contrastive.evaluation.knn import knn_sweep
 from contrastive.evaluation.labelled import has_captions, open_labelled
@@ -25,6 +26,7 @@ __all__ = [
     "LinearProbe",
     "Predictions",
     "ProbeOutcome",
+    "StoredFeatures",
     "ZeroShotClassifier",
     "embed",
     "embed_texts",
@@ -41,6 +43,7 @@ __all__ = [
     "probe_with_controls",
     "read_templates",
     "reader_warnings",
+    "stored_features",
     "template_spread",
     "write_predictions",
     "write_report",

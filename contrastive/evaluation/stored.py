@@ -91,12 +91,12 @@ def embed_stored(
             for kind, rows in seen.features.items():
                 whole = np.zeros((len(items), *rows.shape[1:]), rows.dtype)
                 whole[read] = rows
-                _write_rows(folder / f"{kind}.npy", total, start, whole)
+                write_rows(folder / f"{kind}.npy", total, start, whole)
             outcomes = [(r.key, r.label, r.captions, why) for (r, _), why in zip(items, seen.reasons, strict=True)]
-            _write_json(file, {"content": content, "items": outcomes})
+            write_json(file, {"content": content, "items": outcomes})
         if progress is not None:
             progress(min(start + PART, last * PART, total), total)
-    _wait()
+    wait_for_ranks()
 
     found = [_part(folder / "parts" / f"image-{part:06d}.json") for part in range(len(parts))]
     every = [item for part in found for item in part["items"]]
@@ -111,10 +111,10 @@ def embed_stored(
 
     texts, owners_T = caption_rows(kept, text)
     text_files = _texts(model, folder, texts, features, batch_size, dtype)
-    _wait()
+    wait_for_ranks()
     of_image = {kind: _rows(folder / f"{kind}.npy", read) for kind in _kinds(folder, features)}
     of_text = {kind: np.load(file, mmap_mode="c") for kind, file in text_files.items()}
-    if _rank()[0] == 0:
+    if rank_and_world()[0] == 0:
         summary = {
             **identity,
             **place,
@@ -123,7 +123,7 @@ def embed_stored(
             "texts": len(texts),
             "failures": failures,
         }
-        _write_json(folder / "summary.json", summary, indent=2)
+        write_json(folder / "summary.json", summary, indent=2)
     return assemble(kept, failures, of_image, of_text, texts, owners_T, content)
 
 
@@ -170,8 +170,8 @@ def _texts(
         file.unlink(missing_ok=True)
         made = encode_texts(model, chosen, batch_size=batch_size, features=features, dtype=dtype)
         for kind, rows in made.items():
-            _write_rows(files[kind], len(texts), start, rows)
-        _write_json(file, {"content": content})
+            write_rows(files[kind], len(texts), start, rows)
+        write_json(file, {"content": content})
     return files
 
 
@@ -197,7 +197,7 @@ def _rows(file: Path, read_N: NDArray[np.bool_]) -> NDArray[Any]:
     return rows if read_N.all() else rows[read_N]
 
 
-def _write_rows(file: Path, total: int, start: int, rows: NDArray[Any]) -> None:
+def write_rows(file: Path, total: int, start: int, rows: NDArray[Any]) -> None:
     """Put rows into their place of a `.npy` file of `total` rows, which is made where it is not there.
 
     Ranks write at the same time, each its own bytes; the header is the same from all of them.
@@ -225,7 +225,7 @@ def _put(handle: int, data: bytes, at: int) -> None:
         view, at = view[written:], at + written
 
 
-def _write_json(file: Path, value: Any, indent: int | None = None) -> None:
+def write_json(file: Path, value: Any, indent: int | None = None) -> None:
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(value, indent=indent), encoding="utf-8")
     os.replace(unfinished, file)
@@ -241,18 +241,18 @@ def _part(file: Path) -> dict[str, Any]:
 
 
 def _slice(parts: int) -> tuple[int, int]:
-    rank, world = _rank()
+    rank, world = rank_and_world()
     return rank * parts // world, (rank + 1) * parts // world
 
 
-def _rank() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def _wait() -> None:
-    if _rank()[1] > 1:
+def wait_for_ranks() -> None:
+    if rank_and_world()[1] > 1:
         dist.barrier()
 
 

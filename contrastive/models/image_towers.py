@@ -45,6 +45,8 @@ class TimmImageTower(nn.Module):
     Args:
         name: a timm model name; `kwargs` go to ``timm.create_model`` (widths, depths, stem …).
         image_size: side of the square input, pixels.
+        any_size: make a network that is built for one size take others too: its positions are resampled for them
+            (bicubic). Weights and the features of images of `image_size` are the same with it.
         weights: a checkpoint file to start from. Tensors are matched by name or, where no name matches, in order.
 
     Raises:
@@ -60,6 +62,7 @@ class TimmImageTower(nn.Module):
         weights: str | Path | None = None,
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        any_size: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.dim, self.image_size, self.kwargs = name, dim, image_size, dict(kwargs or {})
@@ -73,9 +76,16 @@ class TimmImageTower(nn.Module):
         config = timm.get_pretrained_cfg(name)
         if config is not None and config.fixed_input_size:
             arguments["img_size"] = image_size
+            if any_size:
+                arguments["dynamic_img_size"] = True
         try:
             trunk = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            if "dynamic_img_size" in str(error):
+                raise UserError(
+                    f"train.curriculum: timm's {name} takes images of {image_size} px only; leave the sizes of the "
+                    "stages out, or choose another model.image.name"
+                ) from None
             raise UserError(f"model.image.kwargs: timm's {name} does not accept {self.kwargs} ({error})") from None
         self.trunk: Any = trunk
         if weights is not None:

@@ -16,7 +16,9 @@ from typing import Any
 
 import open_clip
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer, text_global_pool
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from contrastive.errors import UserError
 from contrastive.models.prefix_tree import Layer, last_states
@@ -32,6 +34,7 @@ class OpenClipImageTower(nn.Module):
         self.visual = visual
         size = visual.image_size
         self.image_size: int = size[0] if isinstance(size, tuple | list) else int(size)
+        self.full_size = tuple(size) if isinstance(size, tuple | list) else (int(size), int(size))
         self.mean = tuple(preprocess["mean"])
         self.std = tuple(preprocess["std"])
         # Only the plain vision transformer keeps its projection where it can be held back.
@@ -42,7 +45,21 @@ class OpenClipImageTower(nn.Module):
             visual.proj = None
 
     def features(self, pixels: Tensor) -> Tensor:
+        if isinstance(self.visual, VisionTransformer) and tuple(pixels.shape[2:]) != self.full_size:
+            return self._features_of_another_size(pixels)
         features: Tensor = self.visual(pixels)
+        return features
+
+    def _features_of_another_size(self, pixels: Tensor) -> Tensor:
+        """With the table of positions resampled (bicubic) to the grid of these images; it learns through that."""
+        visual, (patch_height, patch_width) = self.visual, self.visual.patch_size
+        height, width = pixels.shape[2:]
+        if height % patch_height or width % patch_width:  # the convolution would leave the rest of the image out
+            raise ValueError(f"{height} x {width} px do not divide by patches of {patch_height} x {patch_width}")
+        grid = [height // patch_height, width // patch_width]
+        table = visual.positional_embedding
+        resampled = resample_abs_pos_embed(table[None], grid, list(visual.grid_size), num_prefix_tokens=1)[0]
+        features: Tensor = functional_call(visual, {"positional_embedding": resampled}, (pixels,))
         return features
 
     def project(self, features: Tensor) -> Tensor:

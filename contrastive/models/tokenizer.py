@@ -30,6 +30,10 @@ class Tokenizer(Protocol):
 
     def __call__(self, texts: Sequence[str]) -> Tensor: ...
 
+    def shortened(self, context: int) -> Tokenizer:
+        """The same with another `context`: a caption that is cut still ends with its closing token."""
+        ...
+
     def save(self, folder: Path) -> dict[str, Any]:
         """Write what is needed into `folder`; return the arguments that rebuild it from there."""
         ...
@@ -95,6 +99,9 @@ class CorpusTokenizer:
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         return torch.tensor(ids, dtype=torch.int64).reshape(len(ids), -1)
 
+    def shortened(self, context: int) -> CorpusTokenizer:
+        return CorpusTokenizer(FastTokenizer.from_str(self._tokenizer.to_str()), context)
+
     def save(self, folder: Path) -> dict[str, Any]:
         self._tokenizer.save(str(folder / "tokenizer.json"))
         return {"kind": "corpus", "context": self.context}
@@ -129,6 +136,9 @@ class OpenClipTokenizer:
         tokens: Tensor = self._tokenizer(list(texts), context_length=self.context).long()
         used = (tokens != self.pad_id).any(dim=0).nonzero()
         return tokens[:, : int(used[-1]) + 1 if len(used) else 1]
+
+    def shortened(self, context: int) -> OpenClipTokenizer:
+        return OpenClipTokenizer(self.name, context)
 
     def save(self, folder: Path) -> dict[str, Any]:
         return {"kind": "open_clip", "name": self.name, "context": self.context}

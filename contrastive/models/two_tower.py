@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from contrastive.images import square
 from contrastive.models.image_towers import ImageTower
 from contrastive.models.layers import layers_of
+from contrastive.models.stages import PATCH_DROPOUTS
 from contrastive.models.text_towers import TextTower
 from contrastive.models.tokenizer import Tokenizer
 
@@ -180,6 +181,12 @@ class TwoTower(nn.Module):
                 if hasattr(part, "lora_dropout"):
                     part.lora_dropout.train(mode)
         return self
+
+    def set_patch_dropout(self, rate: float) -> None:
+        """Leave this share of an image's patches out in training, from now on; see `stages.add_patch_dropout`."""
+        for part in self.image.modules():
+            if isinstance(part, PATCH_DROPOUTS):
+                part.prob = rate
 
     def checkpoint_gradients(self) -> None:
         """Recompute activations in backward instead of storing them."""

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from contrastive.errors import UserError
 from contrastive.training.checkpoint import load_checkpoint, set_aside, take_snapshot
+from contrastive.training.curriculum import Curriculum, Settings, StagedBatches
 from contrastive.training.faults import Watchdog, stop_on_signal
 from contrastive.training.hold import Hold, Until
 from contrastive.training.progress import Progress
@@ -51,12 +52,14 @@ class Trainer:
     another will not reach. A run of so many minutes agrees on the time in a second one.
 
     Args:
-        make_loader: ``start_step -> iterable of batches``; batches are a pure function of the step. It has
-            ``identity``, JSON that is equal for equal streams, and ``state(step)``, see `PairLoader`.
+        make_loader: ``(start_step, settings) -> iterable of batches``; batches are a pure function of the step and the
+            settings of its stage, and their samples of the step alone. It has ``identity``, JSON that is equal for
+            equal streams, and ``state(step)``, see `PairLoader`.
         skips: counts what the loader leaves out, and stops the run when that is too much.
         chunk: rows that a process puts through the towers at once, see `TrainStep`.
         unfreeze_at: by tower, until where its trunk is locked, see `Hold`.
         identity: what a checkpoint must have in common with this run to be resumed (JSON).
+        curriculum: the settings of its stages; None for a run that is the same throughout.
         checkpoint_every: None saves at the end only. Checkpoints are written in the background; the newest `keep` stay,
             and those of every `keep_every` steps, and the one with the largest value of `keep_best`, a name that
             `validate` returns (it is saved behind the validation).
@@ -73,12 +76,13 @@ class Trainer:
         optimizer: Optimizer,
         schedule: Schedule,
         duration: Duration,
-        make_loader: Callable[[int], Loader],
+        make_loader: Callable[[int, Settings], Loader],
         skips: Skips,
         *,
         run_dir: Path,
         global_batch: int,
         identity: dict[str, Any],
+        curriculum: Curriculum | None = None,
         clip: float | None = 1.0,
         chunk: int | None = None,
         unfreeze_at: Mapping[str, Until] | None = None,
@@ -103,7 +107,9 @@ class Trainer:
             accelerator, self.model, loss, self.optimizer, clip=clip, chunk=chunk, hold=self.hold
         )
         self.run_dir, self.global_batch = run_dir, global_batch
-        self._loader = make_loader(0)  # what is wrong with it is told before the first step
+        self.curriculum = curriculum or Curriculum()
+        # What is wrong with it is told before the first step. Of a run in stages it is the last one's.
+        self._loader = make_loader(0, self.curriculum.last)
         self.identity = {**identity, "loader": self._loader.identity}
         self.checkpoint_every, self.keep_best = checkpoint_every, keep_best
         self.saver = Saver(run_dir / "checkpoints", keep=keep, keep_every=keep_every)
@@ -132,10 +138,12 @@ class Trainer:
         self.model.train()
         if resume_from is not None:
             self._restore(resume_from)
-        self._loader = self.make_loader(self.step)
-        batches = iter(self._loader)
         tracker = Tracker(self.accelerator, self.run_dir, from_step=self.step)
         progress = Progress(enabled=self.accelerator.is_main_process and not self.quiet)
+        two_tower: Any = self.accelerator.unwrap_model(self.model)
+        batches = StagedBatches(
+            self.curriculum, self.make_loader, lambda rate: two_tower.set_patch_dropout(rate), progress.write
+        )
         window = _Window()
         share = self.duration.progress(self.step, self.seconds)
         stopping = False
@@ -146,7 +154,7 @@ class Trainer:
             while share < 1.0 and not stopping:
                 watchdog.watch()
                 waiting = time.perf_counter()
-                batch, fault = _fetch(batches)
+                batch, fault = batches.fetch(self.step, share)
                 wait = time.perf_counter() - waiting
                 stopping = self._agree(stop_requested.is_set(), batch, fault)
                 factor = self.schedule.factor(self.step, share)
@@ -323,14 +331,6 @@ class Trainer:
             yield watchdog
         finally:
             watchdog.close()
-
-
-def _fetch(batches: Iterator[Any]) -> tuple[Any, Exception | None]:
-    """The next batch, or the error in its place: a rank that raised it at once would leave the others waiting."""
-    try:
-        return next(batches), None
-    except Exception as error:
-        return None, error
 
 
 class _Window:

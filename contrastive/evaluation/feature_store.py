@@ -1,0 +1,184 @@
+"""Features of a whole training set, made once and kept on disk: data-set reinforcement (MobileCLIP, arXiv:2311.17049).
+
+A store holds one folder for each (weights, preprocessing, tokenizer, kind of features, data set), named by a hash of
+all of them; the data's part is the fingerprint of its shards, which covers every byte. So other weights or other data
+find another folder, and what is found need not be compared with anything. In a folder:
+
+``image.npy``, ``text.npy``: float32, a row for each sample of the data by its number
+``whole.json``: what the features are of, which samples have none and why, and the sizes of the files. Written last.
+``filling/``: parts that are done, while the folder is not whole (see `stored`); a killed run goes on from there.
+``lock``: held by the run that looks or fills.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from contrastive.errors import UserError
+from contrastive.evaluation.embed import embed
+from contrastive.evaluation.stored import (
+    model_hash,
+    preprocessing_hash,
+    rank_and_world,
+    wait_for_ranks,
+    write_json,
+    write_rows,
+)
+from contrastive.shards import Mixture
+
+FORMAT = 1
+KINDS = ("image", "text")
+BLOCK = 1 << 16  # rows that are copied at a time
+Progress = Callable[[int, int], None]
+
+
+class StoredFeatures(NamedTuple):
+    """image, text: float32 (samples, F), memory-mapped. rejected: sample → why it has none; its rows are zero."""
+
+    image: NDArray[np.float32]
+    text: NDArray[np.float32]
+    rejected: dict[int, str]
+
+
+def stored_features(
+    model: Any,
+    data: Mixture,
+    store: Path,
+    *,
+    features: str,
+    name: str,
+    say: Callable[[str], None],
+    progress: Progress | None = None,
+) -> StoredFeatures:
+    """The features of every image and first caption of `data`, from the store or, where it has none, put there first.
+
+    All ranks of the process group call it alike. Each makes its share, and the main one puts them together; the store
+    is on a disk that all of them see. Of two runs that want the same features at once, one makes them.
+
+    Args:
+        model: a `TwoTower`, on its device.
+        features: "projected" or "tower", see `embed`.
+        name: of the model, for `whole.json` and for the user.
+        say: is called, on every rank, with a line on where the features come from.
+
+    Raises:
+        UserError: the store cannot be written, or is not seen by all ranks; no image of a set can be read.
+    """
+    identity = {"format": FORMAT, "model": _towers_hash(model), "features": features, "data": data.fingerprint}
+    folder = store / hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    rank = rank_and_world()[0]
+    if rank == 0:
+        with suppress(OSError):  # every rank will see that it is not there
+            folder.mkdir(parents=True, exist_ok=True)
+    wait_for_ranks()
+    if not folder.is_dir():
+        raise UserError(f"data.features: {folder} cannot be made, or process {rank} does not see it; choose another")
+    try:
+        with _alone(folder / "lock", rank == 0, say):
+            wait_for_ranks()
+            found = _open(folder, len(data))
+            if found is not None:
+                say(f"features of {name} on {len(data):,} pairs are in {folder}")
+            wait_for_ranks()  # nobody writes before all have looked
+            if found is None:
+                say(f"running {name} once over {len(data):,} pairs; the features stay in {folder}")
+                _fill(folder, model, data, features, {**identity, "name": name}, progress)
+                found = _open(folder, len(data))
+    except OSError as fault:
+        raise UserError(f"data.features: cannot write {folder} ({fault.strerror}); choose another folder") from fault
+    if found is None:
+        raise UserError(f"data.features: process {rank} does not find all of {folder}; choose another folder")
+    return found
+
+
+def _fill(
+    folder: Path, model: Any, data: Mixture, features: str, identity: dict[str, Any], progress: Progress | None
+) -> None:
+    main = rank_and_world()[0] == 0
+    rejected: dict[int, str] = {}
+    for number, (part, offset) in enumerate(zip(data.parts, data.offsets.tolist(), strict=False)):
+        found = embed(model, part, features=features, cache=folder / "filling" / str(number), progress=progress)
+        assert found.text is not None, "the index holds no sample without a caption"
+        reasons = {i: found.failures[key] for i in range(len(part)) if (key := part.key(i)) in found.failures}
+        rejected |= {offset + i: reason for i, reason in reasons.items()}
+        read = np.array([i not in reasons for i in range(len(part))])
+        assert read.sum() == len(found.keys)
+        if main:
+            for kind, rows in zip(KINDS, (found.image, found.text), strict=True):
+                _put_in_place(folder / f".{kind}.npy", rows, read, offset, len(data))
+    try:
+        if main:
+            for kind in KINDS:
+                os.replace(folder / f".{kind}.npy", folder / f"{kind}.npy")
+            sizes = {kind: (folder / f"{kind}.npy").stat().st_size for kind in KINDS}
+            write_json(folder / "whole.json", {**identity, "bytes": sizes, "rejected": rejected}, indent=2)
+            shutil.rmtree(folder / "filling")
+    finally:
+        wait_for_ranks()  # also behind an error, which the others meet as a folder that is not whole
+
+
+def _put_in_place(file: Path, rows: NDArray[np.float32], read_S: NDArray[np.bool_], offset: int, samples: int) -> None:
+    """Write the rows of one set's samples, those that could be read, from row `offset` on; zeros for the others."""
+    row_S = np.cumsum(read_S) - 1
+    for start in range(0, len(read_S), BLOCK):
+        read = read_S[start : start + BLOCK]
+        block = np.zeros((len(read), rows.shape[1]), np.float32)
+        block[read] = rows[row_S[start : start + BLOCK][read]]
+        write_rows(file, samples, offset + start, block)
+
+
+def _open(folder: Path, samples: int) -> StoredFeatures | None:
+    """What lies in a folder, if it is whole."""
+    try:
+        whole = json.loads((folder / "whole.json").read_text(encoding="utf-8"))
+        files = [folder / f"{kind}.npy" for kind in KINDS]
+        if [file.stat().st_size for file in files] != [whole["bytes"][kind] for kind in KINDS]:
+            return None
+        # Copy-on-write: torch takes the memory without a warning. A plain view: indexing a np.memmap takes longer.
+        image, text = (np.load(file, mmap_mode="c", allow_pickle=False).view(np.ndarray) for file in files)
+        rejected = {int(sample): reason for sample, reason in whole["rejected"].items()}
+    except (OSError, ValueError, KeyError):
+        return None
+    return StoredFeatures(image, text, rejected) if len(image) == len(text) == samples else None
+
+
+@contextmanager
+def _alone(path: Path, main: bool, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep other runs out, by a lock of the main process that ends with it, however it ends."""
+    if not main:
+        yield
+        return
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another run that is filling {path.parent}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _towers_hash(model: Any) -> list[str]:
+    """Changes with every weight, with the preprocessing and with the tokenizer; not with the model's name."""
+    with tempfile.TemporaryDirectory() as folder:
+        digest = hashlib.blake2b(json.dumps(model.tokenizer.save(Path(folder))).encode(), digest_size=16)
+        for file in sorted(Path(folder).iterdir()):
+            digest.update(file.read_bytes())
+    return [model_hash(model.image), model_hash(model.text), preprocessing_hash(model), digest.hexdigest()]
