@@ -192,7 +192,7 @@ def _verdict(parts: dict[str, float], loaders: dict[int, float], model: float | 
     return Verdict(slowest, wanted, text)
 
 
-def _is_bad(image: bytes) -> bool:
+def _is_bad(image: bytes | memoryview) -> bool:
     try:
         decode_pixels(image)
     except Rejected:
