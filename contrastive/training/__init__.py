@@ -4,10 +4,11 @@ from contrastive.training.caching import cached_backward, check_chunkable
 from contrastive.training.checkpoint import check_identity, list_checkpoints, newest_whole
 from contrastive.training.faults import exit_on_signal
 from contrastive.training.optimizer import adamw
+from contrastive.training.probe_batch import ProbeBatch
 from contrastive.training.progress import LINE_EVERY_SECONDS
 from contrastive.training.schedule import Duration, Every, Schedule
 from contrastive.training.skips import Skips, TooManySkips, check_share
-from contrastive.training.tracking import append_metrics, environment, read_metrics
+from contrastive.training.tracking import append_metrics, check_trackers, environment, read_metrics
 from contrastive.training.trainer import NonFinite, Trainer
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Duration",
     "Every",
     "NonFinite",
+    "ProbeBatch",
     "Schedule",
     "Skips",
     "TooManySkips",
@@ -25,6 +27,7 @@ __all__ = [
     "check_chunkable",
     "check_identity",
     "check_share",
+    "check_trackers",
     "environment",
     "exit_on_signal",
     "list_checkpoints",
