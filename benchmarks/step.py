@@ -45,7 +45,7 @@ LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 10, 500, 63
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--block", type=int, default=26, help="steps of each way in a round")
+    parser.add_argument("--block", type=int, default=22, help="steps of each way in a round")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(arguments.rounds, arguments.block, Path(folder))
@@ -72,7 +72,7 @@ def measure(rounds: int, block: int, folder: Path) -> dict[str, Any]:
         return Driven(build_trainer(own, accelerator, model, data, validation_index=index, quiet=True), batch)
 
     real = driven("trainer")
-    loader = real.trainer.make_loader(0)
+    loader = real.trainer.make_loader(0).loader
     batch = loader._items[0]
     resident = driven("resident", batch)
     bare, alone = (
