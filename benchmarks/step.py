@@ -1,6 +1,6 @@
 """What the trainer adds to the bare computation of a step, at the pictograms recipe: its model, batch and precision.
 
-    python benchmarks/step.py             prints two tables, writes benchmarks/results/step.json; three minutes
+    python benchmarks/step.py             prints tables, writes benchmarks/results/step.json; three minutes
 
 Four ways take turns in one process, in blocks of steps. Medians over all blocks; the first steps of a block do not
 count.
@@ -241,8 +241,9 @@ class _Clipping:
 
 def show(found: dict[str, Any]) -> None:
     print(f"batch {found['batch']}, {found['precision']}, {found['threads']} threads")
+    print("| way | a step, ms | beside bare |\n|---|---|---|")
     for name, milliseconds in found["milliseconds"].items():
-        print(f"{name:10} {milliseconds:8.1f} ms  {milliseconds / found['milliseconds']['bare'] - 1:+7.1%}")
+        print(f"| {name} | {milliseconds:.1f} | {milliseconds / found['milliseconds']['bare']:.3f} |")
     print(f"with what happens now and then ({found['spread']:.2f} ms a step): ", end="")
     print(", ".join(f"{name} {share:+.1%}" for name, share in found["overhead"].items()))
     for name, phases in found["phases"].items():
