@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
@@ -63,8 +63,19 @@ from contrastive.models import (
     load,
     open_clip_model,
 )
-from contrastive.shards import Augment, FeatureLoader, Mixture, PairLoader, TokenCache, open_index
-from contrastive.training import Duration, Every, Schedule, Skips, Trainer, Until, adamw, check_share
+from contrastive.shards import Augment, FeatureLoader, Mixture, PairLoader, ShardIndex, TokenCache, open_index
+from contrastive.training import (
+    Duration,
+    Every,
+    ProbeBatch,
+    Schedule,
+    Skips,
+    Trainer,
+    Until,
+    adamw,
+    check_share,
+    check_trackers,
+)
 from contrastive.training.curriculum import Settings
 
 
@@ -91,12 +102,12 @@ def build_accelerator(config: Config) -> Accelerator:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             # Without this, accelerate takes the ranks of a launcher on a machine without GPUs for lone processes.
             cpu=on_cpu,
             mixed_precision="no" if precision == "fp32" else precision,
             log_with=list(config.track.trackers) or None,
-            project_dir=config.run.dir,
+            project_config=ProjectConfiguration(config.run.dir, logging_dir=str(Path(config.run.dir) / "tensorboard")),
             # Gradients live in DDP's buckets, so that averaging copies nothing.
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -110,6 +121,8 @@ def build_accelerator(config: Config) -> Accelerator:
             f"accelerate refuses train.precision {config.train.precision} with track.with "
             f"{list(config.track.trackers)}: {reason}"
         ) from None
+    check_trackers(accelerator, config.track.trackers)
+    return accelerator
 
 
 def build_tokenizer(config: PairModelConfig, trained: str) -> Tokenizer:
@@ -389,6 +402,7 @@ def build_trainer(
     features: FrozenFeatures | None = None,
     teachers: Mapping[str, Teacher] | None = None,
     validate: Callable[[Any], dict[str, float]] | None = None,
+    validation_index: ShardIndex | None = None,
     quiet: bool = False,
 ) -> Trainer:
     """The trainer of a recipe over the pairs of `data`.
@@ -396,6 +410,7 @@ def build_trainer(
     Args:
         features: of all samples of `data`, where ``data.cache`` asks for them.
         teachers: those that the recipe's loss names, see `build_loss`.
+        validation_index: what ``track.probe`` is taken from.
 
     Raises:
         UserError: the global batch does not divide by the number of processes, or takes more pairs of a set than there
@@ -475,9 +490,25 @@ def build_trainer(
         step_timeout=config.train.step_timeout,
         validate=validate,
         validate_every=build_every(config.eval.every, data.epoch_size, batch),
+        probe=build_probe(config, model, validation_index) if accelerator.is_main_process else None,
+        probe_every=build_every(config.track.probe_every, data.epoch_size, batch),
+        mfu=config.track.mfu,
         log_every=config.track.log_every,
         quiet=quiet,
     )
+
+
+def build_probe(config: Config, model: TwoTower, index: ShardIndex | None) -> ProbeBatch | None:
+    """The batch of ``track.probe``: pairs of the validation shards that every run draws alike, as evaluation sees them.
+
+    None without validation shards, or where fewer than two of these pairs can be read.
+    """
+    if config.track.probe is None or index is None or len(index) < 2:
+        return None
+    place: dict[str, Any] = {"global_batch": min(config.track.probe, len(index)), "seed": 0, "steps": 1}
+    loader = PairLoader(index, tokenize=token_cache(model), image_size=model.image_size, augment=None, **place)
+    batch = next(iter(loader))
+    return ProbeBatch(batch) if int(batch.valid.sum()) >= 2 else None
 
 
 def _synchronise_batch_norm(model: nn.Module, accelerator: Accelerator) -> nn.Module:

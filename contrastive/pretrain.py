@@ -128,6 +128,7 @@ def pretrain(
         features=frozen_features(config, model, data, accelerator) if config.data.cache == "features" else None,
         teachers=teachers_of(config, data, accelerator),
         validate=validation(validation_index, config.data.workers),
+        validation_index=validation_index,
         quiet=quiet,
     )
     if checkpoint is not None:
@@ -146,7 +147,9 @@ def pretrain(
     accelerator.wait_for_everyone()
 
     if config.track.trackers:
-        accelerator.init_trackers(run_dir.name if "tensorboard" not in config.track.trackers else "tensorboard")
+        # TensorBoard makes a folder of the project's name, the others gather runs under it
+        named = {tracker: {"name": run_dir.name} for tracker in ("wandb", "trackio")}
+        accelerator.init_trackers("contrastive", init_kwargs=named)
     try:
         complete = trainer.fit(checkpoint, stop_after=stop_after)
         if not accelerator.is_main_process:

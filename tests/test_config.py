@@ -223,7 +223,9 @@ def test_any_number_survives_an_override(tmp_path_factory, number):
 def test_a_dumped_recipe_is_plain_yaml_to_others(recipe):
     data = yaml.safe_load(dump_yaml(recipe(MINIMAL)))
     assert data["optim"]["betas"] == [0.9, 0.98]
-    assert data["track"] == {"with": ["tensorboard"], "log_every": 10}
+    assert data["track"] == {
+        "with": ["tensorboard"], "log_every": 10, "probe": 256, "probe_every": "5%", "mfu": False
+    }  # fmt: skip
 
 
 # What is wrong
@@ -242,7 +244,10 @@ SETS = (
         ("train.lr=3", "train.lr: unknown key (value 3). Did you mean 'optim.lr'?"),
         ("loss.margin=0.2", "loss.margin: unknown key (value 0.2). Only kind margin has it"),
         ("checkpoint.zzz=1", "checkpoint.zzz: unknown key (value 1). Valid: every, keep, keep_every, keep_best"),
-        ("track.trackers=[a]", 'track.trackers: unknown key (value ["a"]). Valid: with, log_every'),
+        (
+            "track.trackers=[a]",
+            'track.trackers: unknown key (value ["a"]). Valid: with, log_every, probe, probe_every, mfu',
+        ),
         ("optim.lr=fast", 'optim.lr: expected a number (value "fast")'),
         ("optim.lr=0", "optim.lr: expected a number above 0 (value 0)"),
         ("optim.lr=.nan", "optim.lr: expected a finite number (value NaN)"),

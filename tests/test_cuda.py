@@ -102,3 +102,96 @@ def test_the_device_trains_as_the_cpu_does(corpus: Path, tmp_path: Path) -> None
         return losses_of(run_dir)
 
     assert losses("device", "0") == pytest.approx(losses("cpu", ""), rel=1e-3)
+
+
+# ---- the clock
+
+
+def test_the_clock_sees_what_the_device_does_and_not_what_the_host_queues() -> None:
+    """Phases of known length on the device, queued within a moment: the shares are those of the device."""
+    from contrastive.training.clock import Clock
+
+    device = torch.device("cuda")
+    matrix = torch.randn(4096, 4096, device=device)
+    clock = Clock(device)
+    for _ in range(2):  # the first time warms up
+        torch.cuda.synchronize()
+        clock.start()
+        for phase, products in (("forward", 20), ("backward", 40), ("optimizer", 20)):
+            clock.enter(phase)
+            for _ in range(products):
+                matrix @ matrix
+        clock.enter("other")
+        found = clock.shares()
+    assert found["forward"] == pytest.approx(0.25, abs=0.05) and found["backward"] == pytest.approx(0.5, abs=0.05)
+    assert sum(found.values()) == pytest.approx(1.0)
+
+
+def test_a_wait_of_the_host_counts_as_far_as_the_device_has_nothing_to_do() -> None:
+    import time
+
+    from contrastive.training.clock import Clock
+
+    clock = Clock(torch.device("cuda"))
+    matrix = torch.randn(4096, 4096, device="cuda")
+    matrix @ matrix
+    torch.cuda.synchronize()
+    clock.start()
+    clock.enter("backward")
+    for _ in range(40):  # some 0.1 s
+        matrix @ matrix
+    clock.enter("data")
+    time.sleep(0.02)  # hidden
+    clock.enter("forward")
+    hidden = clock.shares()
+    assert hidden["backward"] > 0.95
+    with clock.within("data"):
+        time.sleep(0.1)
+    assert clock.shares()["data"] > 0.9
+
+
+def test_the_clock_makes_no_step_wait_for_the_device(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    """torch tells of every call that waits; a run whose clock does nothing has as many."""
+    import warnings
+
+    from contrastive.training import trainer
+    from contrastive.training.clock import PHASES, Clock
+
+    def waits(name: str) -> list[int]:
+        counts: list[int] = []
+        plain = trainer._fetch
+
+        def fetch(batches):
+            counts.append(len(caught))
+            return plain(batches)
+
+        monkeypatch.setattr(trainer, "_fetch", fetch)
+        config = tiny_config(
+            corpus, tmp_path / name / "run", "train.steps=10", "track.log_every=10", "track.probe=null"
+        )
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                pretrain(config, quiet=True, stop_after=9)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            monkeypatch.setattr(trainer, "_fetch", plain)
+        return [after - before for before, after in zip(counts, counts[1:], strict=False)]
+
+    found = waits("with")
+    monkeypatch.setattr(Clock, "enter", lambda self, phase: None)
+    monkeypatch.setattr(Clock, "shares", lambda self: dict.fromkeys(PHASES, 0.0))
+    without = waits("without")
+    print("waits in each step:", found)
+    assert found == without and len(found) == 8
+
+
+def test_a_run_logs_shares_a_probe_and_its_utilisation(corpus: Path, tmp_path: Path) -> None:
+    overrides = ["track.mfu=true", "track.probe_every=1", "train.chunk=8", "train.precision=bf16"]
+    pretrain(tiny_config(corpus, tmp_path / "run", *overrides), quiet=True)
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for row in found[:8]:
+        print({key: round(value, 4) for key, value in row.items() if "time_" in key or "mfu" in key})
+        assert sum(value for key, value in row.items() if key.startswith("train/time_")) == pytest.approx(1.0)
+        assert 0 < row["train/mfu"] < 1 and row["probe/loss"] > 0 and row["train/peak_flops"] > 1e13

@@ -360,6 +360,18 @@ class TrackConfig(Block):
         ("tensorboard",), alias="with", description="accelerate's names of trackers"
     )
     log_every: int = Field(10, ge=1, description="steps")
+    probe: int | None = Field(
+        256,
+        ge=2,
+        description="pairs of data.validation, the same in every run, whose loss without augmentation is logged as "
+        "probe/loss, to compare batch sizes by; null: none",
+    )
+    probe_every: Annotated[int | str, PlainValidator(period)] = Field(
+        "5%", description="steps, or 10m, 1 epoch, 50000 samples, 5% of the run"
+    )
+    mfu: bool = Field(
+        False, description="log the share of this machine's peak (measured for half a second at the start) as train/mfu"
+    )
 
 
 class Config(Block):

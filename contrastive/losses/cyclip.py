@@ -11,6 +11,7 @@ from torch import Tensor
 
 from contrastive.losses.contract import LARGEST_FLOAT, Loss, check_number, device_type
 from contrastive.losses.gather import GlobalBatch, global_batch, refuse_second_derivative
+from contrastive.losses.waiting import exchanging
 
 
 def cyclip(
@@ -66,14 +67,16 @@ class _SumOverRanks(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
         total = value.clone()
-        dist.all_reduce(total, group=group)
+        with exchanging():
+            dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         refuse_second_derivative()
         grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
+        with exchanging():
+            dist.all_reduce(grad, group=ctx.group)
         return grad, None
 
 

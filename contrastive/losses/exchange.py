@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from contrastive.losses.gather import GlobalBatch, all_gather, reduce_scatter
+from contrastive.losses.waiting import exchanging
 
 # Above this many bytes of gathered features "auto" turns to the ring, which holds W times less and sends half as much
 # again.
@@ -86,8 +87,9 @@ class Ring:
             if grad_nD is not None:  # leaves when it is complete, W - 1 times with its block and once to go home
                 grad_nD, waiting = self._pass_on(grad_nD)
                 requests += waiting
-            for request in requests:
-                request.wait()
+            with exchanging():  # what the work on the block did not cover
+                for request in requests:
+                    request.wait()
             here = here if arriving is None else arriving
         self.grad_nD = grad_nD
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from contrastive.errors import UserError
 from contrastive.losses.contract import check_arguments, check_batch_size, check_ids, looks_at_values
+from contrastive.losses.waiting import exchanging
 
 # torch renamed them, and warns of the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -45,7 +46,8 @@ def refuse_second_derivative() -> None:
 def all_gather(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The rows of all ranks, in order of rank, without a gradient."""
     everybody = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
-    _all_gather(everybody, rows.contiguous(), group=group)
+    with exchanging():
+        _all_gather(everybody, rows.contiguous(), group=group)
     return everybody
 
 
@@ -55,11 +57,13 @@ def reduce_scatter(rows_BD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     n = rows_BD.shape[0] // world
     if dist.get_backend(group) == "nccl":
         own_nD = rows_BD.new_empty(n, *rows_BD.shape[1:])
-        _reduce_scatter(own_nD, rows_BD.contiguous(), group=group)
+        with exchanging():
+            _reduce_scatter(own_nD, rows_BD.contiguous(), group=group)
         return own_nD
     # gloo has no reduce-scatter on the older versions of torch that we support
     rows_BD = rows_BD.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(rows_BD, group=group)
+    with exchanging():
+        dist.all_reduce(rows_BD, group=group)
     return rows_BD[rank * n : (rank + 1) * n].clone()  # a view would keep all rows
 
 
@@ -146,7 +150,8 @@ class GlobalBatch:
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """The sum over ranks of a tensor that needs no gradient, in place."""
         if self.world > 1:
-            dist.all_reduce(value, group=self.group)
+            with exchanging():
+                dist.all_reduce(value, group=self.group)
         return value
 
     def keep_in_graph(self, loss: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ from contrastive.training.checkpoint import check_identity, list_checkpoints, ne
 from contrastive.training.faults import exit_on_signal
 from contrastive.training.hold import Until
 from contrastive.training.optimizer import adamw
+from contrastive.training.probe_batch import ProbeBatch
 from contrastive.training.progress import LINE_EVERY_SECONDS
 from contrastive.training.schedule import Duration, Every, Schedule
 from contrastive.training.skips import Skips, TooManySkips, check_share
-from contrastive.training.tracking import append_metrics, environment, read_metrics
+from contrastive.training.tracking import append_metrics, check_trackers, environment, read_metrics
 from contrastive.training.trainer import NonFinite, Trainer
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Duration",
     "Every",
     "NonFinite",
+    "ProbeBatch",
     "Schedule",
     "Skips",
     "TooManySkips",
@@ -27,6 +29,7 @@ __all__ = [
     "check_chunkable",
     "check_identity",
     "check_share",
+    "check_trackers",
     "environment",
     "exit_on_signal",
     "list_checkpoints",

@@ -29,6 +29,7 @@ def cached_backward(
     *,
     chunk: int,
     backward: Callable[[Tensor], Any] = Tensor.backward,
+    enter: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Tensor]:
     """Forward, loss and backward of one batch, of which `chunk` rows at a time go through `model`.
 
@@ -42,6 +43,7 @@ def cached_backward(
             one. Under DDP every rank must have the same number of chunks.
         loss: from the model's output, with the embeddings of all rows, to a dict with the 0-d ``"loss"``.
         backward: starts the loss's backward; ``accelerator.backward`` where a scaler takes part.
+        enter: is called with "forward" or "backward" when that begins; `loss` can tell by itself.
 
     Returns:
         what `loss` returned.
@@ -49,12 +51,14 @@ def cached_backward(
     device = next(model.parameters()).device
 
     def forward(rows: slice) -> Output:
+        enter("forward")
         output: Output = model(pixels[rows].to(device), tokens[rows].to(device))
         return output
 
     *replayed, last = [slice(start, start + chunk) for start in range(0, len(tokens), chunk)]
     if not replayed:
         metrics = loss(forward(last))
+        enter("backward")
         backward(metrics["loss"])
         return metrics
 
@@ -69,6 +73,7 @@ def cached_backward(
         kept = forward(last)  # with its graph, which saves the second forward of this chunk
         leaves = _leaves([*embedded, kept])
         metrics = loss(leaves)
+        enter("backward")
         backward(metrics["loss"])
         after = random_state()
         _push(kept, leaves, last)
@@ -77,7 +82,10 @@ def cached_backward(
         final = rows is replayed[-1]
         with nullcontext() if final else no_sync():
             restore_random_state(state)  # the dropout masks of pass 1
-            _push(forward(rows), leaves, rows, shared=final)
+            again = forward(rows)
+            enter("backward")
+            _push(again, leaves, rows, shared=final)
+            del again  # the graph is spent
     restore_random_state(after)
     return metrics
 

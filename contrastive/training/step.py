@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from contrastive.training.caching import Output, cached_backward, check_chunkable
+from contrastive.training.clock import Clock
 from contrastive.training.hold import Hold
 from contrastive.training.optimizer import set_learning_rate
 
@@ -21,7 +22,8 @@ LossFunction = Callable[..., dict[str, Tensor]]
 class TrainStep:
     """``step(batch, lr_factor) -> metrics``; metrics are 0-d tensors on the device, to be read when they are wanted.
 
-    A step waits for the device once, to see whether the gradient is finite.
+    A step waits for the device once, to see whether the gradient is finite; a tiled softmax loss once more, to see
+    whether its sums are.
 
     Args:
         model: the two-tower model as ``accelerator.prepare`` returned it. It is called as a whole: going through a
@@ -30,6 +32,7 @@ class TrainStep:
         clip: largest gradient norm, or None.
         chunk: rows of a batch that go through the towers at once, see `cached_backward`; None for all.
         hold: of towers whose time has not come; None for none.
+        clock: is told which phase of the step begins.
 
     A step whose gradient is not finite on some rank changes no weight on any; its "skipped" is 1.
 
@@ -47,6 +50,7 @@ class TrainStep:
         clip: float | None,
         chunk: int | None = None,
         hold: Hold | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.accelerator, self.model, self.loss, self.optimizer, self.clip = (
             accelerator,
@@ -55,28 +59,34 @@ class TrainStep:
             optimizer,
             clip,
         )
-        self.chunk, self.hold = chunk, hold
+        self.chunk, self.hold, self.clock = chunk, hold, clock or Clock(accelerator.device)
         self.two_tower: Any = accelerator.unwrap_model(model)
         if chunk is not None:
             check_chunkable(self.two_tower.train(), chunk)
 
     def __call__(self, batch: Any, lr_factor: float) -> dict[str, Tensor]:
-        device = self.accelerator.device
+        device, enter = self.accelerator.device, self.clock.enter
         set_learning_rate(self.optimizer, lr_factor)
         valid = None if bool(batch.valid.all()) and self.accelerator.num_processes == 1 else batch.valid.to(device)
         rest = {"ids": batch.ids.to(device), "valid": valid}
         rest |= {name: getattr(batch, name).to(device) for name in getattr(self.loss, "needs", ())}
 
         def loss(out: Output) -> dict[str, Tensor]:
+            enter("loss")
             return self.loss(out["image"], out["text"], out["scale"], out["bias"], **rest)
 
         if self.chunk is None:
-            metrics = loss(self.model(batch.pixels.to(device), batch.tokens.to(device)))
+            pixels, tokens = batch.pixels.to(device), batch.tokens.to(device)
+            enter("forward")
+            metrics = loss(self.model(pixels, tokens))
+            enter("backward")
             self.accelerator.backward(metrics["loss"])
         else:
             metrics = cached_backward(
-                self.model, batch.pixels, batch.tokens, loss, chunk=self.chunk, backward=self.accelerator.backward
-            )
+                self.model, batch.pixels, batch.tokens, loss,
+                chunk=self.chunk, backward=self.accelerator.backward, enter=enter,
+            )  # fmt: skip
+        enter("optimizer")
         if self.hold is not None:
             self.hold.drop_gradients()
         # the averaged gradients are the same on every rank, and so is their norm: what follows is decided alike
@@ -90,5 +100,6 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         metrics["skipped"] = torch.tensor(float(bad))
         self.two_tower.clamp_scale()
+        enter("other")
         metrics["scale"] = self.two_tower.logit_scale.exp()
         return {key: value.detach() for key, value in metrics.items() if torch.is_tensor(value)}

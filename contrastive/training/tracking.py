@@ -8,11 +8,14 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+
+from contrastive.errors import UserError
 
 
 def environment() -> dict[str, Any]:
@@ -62,6 +65,20 @@ class Tracker:
         if self.accelerator.is_main_process:
             append_metrics(self.path, step, values)
         self.accelerator.log(values, step=step)
+
+
+def check_trackers(accelerator: Accelerator, names: Sequence[str]) -> None:
+    """Refuse a tracker whose package is missing: accelerate leaves it out without a word.
+
+    Raises:
+        UserError: with its name.
+    """
+    found = {str(tracker) for tracker in accelerator.log_with}
+    missing = [name for name in names if name not in found and name != "all"]
+    if missing:
+        raise UserError(
+            f"track.with: {', '.join(missing)} is not installed here; install the package, or leave the name out"
+        )
 
 
 def append_metrics(path: Path, step: int, values: dict[str, float]) -> None:

@@ -16,16 +16,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from contrastive.errors import UserError
+from contrastive.losses.waiting import watch_exchanges
 from contrastive.training.checkpoint import load_checkpoint, set_aside, take_snapshot
+from contrastive.training.clock import Clock, time_averaging
 from contrastive.training.curriculum import Curriculum, Settings, StagedBatches
 from contrastive.training.faults import Watchdog, stop_on_signal
 from contrastive.training.hold import Hold, Until
+from contrastive.training.probe_batch import ProbeBatch
 from contrastive.training.progress import Progress
 from contrastive.training.saver import Saver
 from contrastive.training.schedule import Duration, Every, Schedule
 from contrastive.training.skips import Skips
 from contrastive.training.step import LossFunction, TrainStep
 from contrastive.training.tracking import Tracker
+from contrastive.training.utilisation import Utilisation
 
 Validate = Callable[[Any], dict[str, float]]
 
@@ -66,6 +70,7 @@ class Trainer:
         max_skipped: so many steps in a row without a finite gradient stop the run.
         step_timeout: seconds after which a step that does not end ends the process, see `Watchdog`.
         validate: ``two-tower model -> {name: share of 1}``, called on the main process every `validate_every`.
+        probe: is called on the main process every `probe_every`. mfu: log what `Utilisation` gives.
     """
 
     def __init__(
@@ -94,6 +99,9 @@ class Trainer:
         step_timeout: float | None = None,
         validate: Validate | None = None,
         validate_every: Every | None = None,
+        probe: ProbeBatch | None = None,
+        probe_every: Every | None = None,
+        mfu: bool = False,
         log_every: int = 10,
         quiet: bool = False,
     ) -> None:
@@ -103,8 +111,10 @@ class Trainer:
         # A loss may keep something from step to step (a module with buffers): it is on the device and in checkpoints.
         self.loss = loss.to(accelerator.device).train() if isinstance(loss, nn.Module) else None
         self.hold = Hold(self.model, accelerator.unwrap_model(self.model), unfreeze_at or {})
+        self.clock = Clock(accelerator.device)
+        time_averaging(self.model, self.clock)
         self.train_step = TrainStep(
-            accelerator, self.model, loss, self.optimizer, clip=clip, chunk=chunk, hold=self.hold
+            accelerator, self.model, loss, self.optimizer, clip=clip, chunk=chunk, hold=self.hold, clock=self.clock
         )
         self.run_dir, self.global_batch = run_dir, global_batch
         self.curriculum = curriculum or Curriculum()
@@ -115,6 +125,9 @@ class Trainer:
         self.saver = Saver(run_dir / "checkpoints", keep=keep, keep_every=keep_every)
         self.max_skipped, self.step_timeout = max_skipped, step_timeout
         self.validate, self.validate_every = validate, validate_every
+        self.probe, self.probe_every = probe, probe_every
+        self.mfu = mfu
+        self._utilisation: Utilisation | None = None
         self.log_every = log_every
         self.quiet = quiet
         self.step = 0  # optimizer steps done: the whole position in the data
@@ -138,6 +151,8 @@ class Trainer:
         self.model.train()
         if resume_from is not None:
             self._restore(resume_from)
+        if self.mfu:  # ahead of the loader's workers, which would take part of the machine
+            self._utilisation = Utilisation(self.accelerator)
         tracker = Tracker(self.accelerator, self.run_dir, from_step=self.step)
         progress = Progress(enabled=self.accelerator.is_main_process and not self.quiet)
         two_tower: Any = self.accelerator.unwrap_model(self.model)
@@ -147,16 +162,21 @@ class Trainer:
         window = _Window()
         share = self.duration.progress(self.step, self.seconds)
         stopping = False
-        with stop_on_signal() as stop_requested, self._watchdog() as watchdog, _closing(batches, self.saver):
+        exchanges = watch_exchanges(lambda: self.clock.within("communication"))
+        with stop_on_signal() as stop_requested, self._watchdog() as watchdog, _closing(batches, self.saver), exchanges:
             # A step lasts from one turn of the loop to the next: an accelerator works on after the call returns, and
             # whoever waits for it first pays. Saving and validation are left out by starting the clock anew.
             started = time.perf_counter()
+            self.clock.start()
             while share < 1.0 and not stopping:
                 watchdog.watch()
                 waiting = time.perf_counter()
-                batch, fault = batches.fetch(self.step, share)
+                with self.clock.within("data"):
+                    batch, fault = batches.fetch(self.step, share)
                 wait = time.perf_counter() - waiting
                 stopping = self._agree(stop_requested.is_set(), batch, fault)
+                if self._utilisation is not None:
+                    self._utilisation.count(self.train_step.two_tower, batch)
                 factor = self.schedule.factor(self.step, share)
                 self.hold.move_to(self.step, share)
                 metrics = self.train_step(batch, factor)
@@ -170,16 +190,21 @@ class Trainer:
                 self._count_skipped(float(metrics["skipped"]) > 0)
                 window.add(metrics, wait, seconds, factor)
                 watchdog.rest()  # logging may pass through a slow tracker, saving and validation take their time
+                probed = self._probe(before, place)
                 if self.step % self.log_every == 0 or share >= 1.0 or stopping:
-                    self._log(window, tracker, progress, share)
+                    self._log(window, tracker, progress, share, probed)
                     window = _Window()
+                elif probed:
+                    tracker.log(self.step, probed)
                 last = share >= 1.0 or stopping
                 if last or (self.checkpoint_every and self.checkpoint_every.due(before, place)):
-                    self._save()
+                    with self.clock.within("saving"):
+                        self._save()
                     started = time.perf_counter()
                 # the last validation is the caller's: it wants more than scalars
                 if self.validate and self.validate_every and share < 1.0 and self.validate_every.due(before, place):
-                    self._validate(tracker, progress)
+                    with self.clock.within("validation"):
+                        self._validate(tracker, progress)
                     started = time.perf_counter()
         progress.close()
         self._finish_saving()
@@ -197,8 +222,10 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             remarkable = torch.tensor([float(any(own))], device=self.accelerator.device)
             everyones *= self.accelerator.num_processes
-            if float(self.accelerator.reduce(remarkable, reduction="sum")) > 0:  # seldom: objects are slow to pass on
-                everyones = gather_object([own])
+            with self.clock.within("communication"):
+                if float(self.accelerator.reduce(remarkable, reduction="sum")) > 0:
+                    # seldom: objects are slow to pass on
+                    everyones = gather_object([own])
         unsaved = [unsaved for _, _, _, unsaved in everyones if unsaved is not None]
         faults = [failed for _, _, failed, _ in everyones if failed is not None]
         try:
@@ -224,7 +251,8 @@ class Trainer:
         if self.accelerator.num_processes == 1 or (self.duration.minutes is None and not clocks):
             return seconds
         own = torch.tensor([seconds], device=self.accelerator.device)
-        return float(self.accelerator.gather(own).max())
+        with self.clock.within("communication"):
+            return float(self.accelerator.gather(own).max())
 
     def _count_skipped(self, skipped: bool) -> None:
         self.skipped += skipped
@@ -238,8 +266,10 @@ class Trainer:
 
     # ---- what happens now and then
 
-    def _log(self, window: _Window, tracker: Tracker, progress: Progress, share: float) -> None:
-        values = window.means()
+    def _log(
+        self, window: _Window, tracker: Tracker, progress: Progress, share: float, probed: dict[str, float]
+    ) -> None:
+        values = window.means() | {f"time_{phase}": share for phase, share in self.clock.shares().items()}
         if self.accelerator.num_processes > 1:  # every rank holds the loss of its own rows
             keys = sorted(values)
             stacked = torch.tensor([values[k] for k in keys], device=self.accelerator.device, dtype=torch.float64)
@@ -252,13 +282,22 @@ class Trainer:
         row |= {"train/samples": float(self.step * self.global_batch), "train/seconds": self.seconds}
         row |= {f"train/rejected_{reason.replace(' ', '_')}": float(n) for reason, n in self.skips.counts.items()}
         row["train/skipped_steps"] = float(self.skipped)
-        tracker.log(self.step, row)
+        if self._utilisation is not None:
+            row |= self._utilisation.row(rate)
+        tracker.log(self.step, row | probed)
         progress.update(self.step, share, self.seconds, rate, wait, values.get("loss", math.nan))
         if not math.isfinite(values.get("loss", 0.0)):  # with gradients that are
             raise NonFinite(
                 f"the loss is {values['loss']} at step {self.step}; lower optim.lr or raise optim.warmup, and go on "
                 "from the newest checkpoint with --resume"
             )
+
+    def _probe(self, before: tuple[int, float, float], place: tuple[int, float, float]) -> dict[str, float]:
+        """The probe where it is due. Other processes, which have none, go on and wait at the next collective."""
+        if self.probe is None or self.probe_every is None or not self.probe_every.due(before, place):
+            return {}
+        with self.clock.within("validation"):
+            return self.probe(self.train_step.two_tower)
 
     def _validate(self, tracker: Tracker, progress: Progress) -> None:
         assert self.validate is not None
@@ -283,7 +322,8 @@ class Trainer:
             if fault is not None:
                 raise UserError(fault)
         if any(better for better, _ in verdicts) and self.step != self._saved_step:
-            self._save()
+            with self.clock.within("saving"):
+                self._save()
 
     def _save(self) -> None:
         """Begin to save; `_finish_saving` waits for the end."""

@@ -1,0 +1,257 @@
+"""What the trainer adds to the bare computation of a step, at the pictograms recipe: its model, batch and precision.
+
+    python benchmarks/step.py             prints tables, writes benchmarks/results/step.json; three minutes
+
+Four ways take turns in one process, in blocks of steps. Medians over all blocks; the first steps of a block do not
+count.
+
+    bare       both towers forward, the loss, backward, the optimizer, on one batch that lies in memory
+    no loss    the same with the sum of the embeddings in place of the loss
+    resident   the trainer (ranks agree, gradient norm, finite check, clock), its loader hands over that same batch
+    trainer    the trainer with the recipe's loader, which draws, augments and tokenises in a process of its own
+
+A trainer's step lasts from one request for a batch to the next. What happens now and then is timed by itself and spread
+over the recipe's period: a log line over 10 steps, a checkpoint's stall over 500, the probe over 5 % of 1,255 steps.
+The loader's process shares the cores with the trainer: what it uses a batch is timed alone, in this process.
+Keep the machine idle.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from contrastive.build import build_accelerator, build_data, build_model, build_trainer
+from contrastive.config import Config, load_config
+from contrastive.losses import InfoNCE
+from contrastive.models import train_tokenizer
+from contrastive.shards import open_cache, open_index
+from contrastive.training import adamw
+from contrastive.training.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "step.json"
+WARM = 6  # steps at the start of a block: the loader's queue fills, and caches hold what the way before left
+LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 10, 500, 63
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--block", type=int, default=22, help="steps of each way in a round")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(arguments.rounds, arguments.block, Path(folder))
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    show(found)
+
+
+def measure(rounds: int, block: int, folder: Path) -> dict[str, Any]:
+    """Run all ways in turn. Times are in milliseconds."""
+    lasting = [f"train.steps={10 * rounds * block}", "checkpoint.every=null", "eval.every=null", "eval.report=false"]
+    recipe = ROOT / "recipes" / "pretrain" / "pictograms.yaml"
+    config = load_config(recipe, [*lasting, f"track.log_every={LOG_EVERY}", f"track.probe_every={10**6}"])
+    accelerator = build_accelerator(config)
+    data = build_data(config)
+    for part in data.parts:
+        open_cache(part)
+    tokenizer = train_tokenizer(data.captions(), 8000, True).to_str()
+
+    def driven(name: str, batch: Any = None) -> Driven:
+        (folder / name).mkdir()
+        own = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder / name)})})
+        index = open_index(config.data.validation)
+        model = build_model(own, tokenizer)
+        return Driven(build_trainer(own, accelerator, model, data, validation_index=index, quiet=True), batch)
+
+    real = driven("trainer")
+    loader = real.trainer.make_loader(0).loader
+    batch = loader._items[0]
+    resident = driven("resident", batch)
+    bare, alone = (
+        Bare(config, accelerator, build_model(config, tokenizer), batch, with_loss=with_loss)
+        for with_loss in (True, False)
+    )
+    ways: dict[str, Callable[[int], list[float]]] = {
+        "bare": bare, "no loss": alone, "resident": resident, "trainer": real
+    }  # fmt: skip
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            taken[name] += way(block)[WARM:]
+    medians = {name: 1e3 * statistics.median(seconds) for name, seconds in taken.items()}
+    periods = {"log line": LOG_EVERY, "checkpoint": SAVE_EVERY, "probe": PROBE_EVERY}
+    now_and_then = {
+        "log line": real.median("log"), "checkpoint": real.median("save"),
+        "probe": timed(lambda: real.trainer.probe(real.trainer.train_step.two_tower), 3),
+    }  # fmt: skip
+    spread = sum(milliseconds / periods[name] for name, milliseconds in now_and_then.items())
+    return {
+        "threads": torch.get_num_threads(), "batch": config.train.global_batch, "rounds": rounds, "block": block,
+        "precision": accelerator.mixed_precision, "milliseconds": medians,
+        "overhead": {name: (medians[name] + spread) / medians["bare"] - 1 for name in ("resident", "trainer")},
+        "phases": {"bare": bare.phases(), "resident": resident.phases(), "trainer": real.phases()},
+        "parts": {
+            "waiting for the loader": real.median("data"),
+            "agreeing": real.median("agree"),
+            "gradient norm and clipping": real.median("clip"),
+            "pixels to normalised floats (in bare too)": timed(lambda: normalise(bare.model, batch.pixels), 20),
+        },
+        "now and then": now_and_then, "spread": spread,
+        "loader's own time": timed(lambda: loader._items[1], 10, clock=time.process_time),
+    }  # fmt: skip
+
+
+def timed(call: Callable[[], Any], times: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Median milliseconds of a call."""
+    seconds = []
+    for _ in range(times):
+        started = clock()
+        call()
+        seconds.append(clock() - started)
+    return 1e3 * statistics.median(seconds)
+
+
+def normalise(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    floats = (pixels.float() - model.pixel_mean) / model.pixel_std
+    return floats.contiguous(memory_format=torch.channels_last)
+
+
+class Bare:
+    """The computation alone."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, model: Any, batch: Any, *, with_loss: bool) -> None:
+        self.batch, self.with_loss, self.loss = batch, with_loss, InfoNCE(same_caption="ignore")
+        optim = config.optim
+        self.optimizer = adamw(model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps)
+        self.model = accelerator.prepare(model.train())
+        self.seconds: dict[str, list[float]] = {"forward": [], "loss": [], "backward": [], "optimizer": []}
+
+    def __call__(self, steps: int) -> list[float]:
+        return [self.step() for _ in range(steps)]
+
+    def step(self) -> float:
+        marks = [time.perf_counter()]
+        out = self.model(self.batch.pixels, self.batch.tokens)
+        marks.append(time.perf_counter())
+        if self.with_loss:
+            loss = self.loss(out["image"], out["text"], out["scale"], ids=self.batch.ids)["loss"]
+        else:
+            loss = out["image"].sum() + out["text"].sum()
+        marks.append(time.perf_counter())
+        loss.backward()
+        marks.append(time.perf_counter())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        marks.append(time.perf_counter())
+        for name, begin, end in zip(self.seconds, marks, marks[1:], strict=False):
+            self.seconds[name].append(end - begin)
+        return marks[-1] - marks[0]
+
+    def phases(self) -> dict[str, float]:
+        return {name: 1e3 * statistics.median(seconds) for name, seconds in self.seconds.items()}
+
+
+class Driven:
+    """A trainer that runs a block of steps at a time; `batch` takes the place of what its loader gives."""
+
+    def __init__(self, trainer: Trainer, batch: Any = None) -> None:
+        self.trainer, self.batch = trainer, batch
+        self.requests: list[float] = []
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("data", "agree", "clip", "log", "save")}
+        self.of_phases: dict[str, list[float]] = {}
+        make, step = trainer.make_loader, trainer.train_step
+        trainer.make_loader = lambda start: _Noting(make(start), self)
+        trainer._agree = self.noting("agree", trainer._agree)  # type: ignore[method-assign]
+        trainer._log = self.noting("log", trainer._log)  # type: ignore[method-assign]
+        trainer._save = self.noting("save", trainer._save)  # type: ignore[method-assign]
+        step.accelerator = _Clipping(step.accelerator, self)  # type: ignore[assignment]
+        self._note_phases()
+
+    def __call__(self, steps: int) -> list[float]:
+        self.requests.clear()
+        self.trainer.fit(stop_after=self.trainer.step + steps)
+        return [after - before for before, after in zip(self.requests, self.requests[1:], strict=False)]
+
+    def noting(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return call(*arguments)
+            finally:
+                self.seconds[name].append(time.perf_counter() - started)
+
+        return noted
+
+    def _note_phases(self) -> None:
+        """Milliseconds of each phase a step, from the trainer's own clock."""
+        clock, plain = self.trainer.clock, self.trainer.clock.shares
+
+        def shares() -> dict[str, float]:
+            clock._add_up()
+            for phase, seconds in clock._seconds.items():
+                self.of_phases.setdefault(phase, []).append(1e3 * seconds / LOG_EVERY)
+            return plain()
+
+        clock.shares = shares  # type: ignore[method-assign]
+
+    def median(self, name: str) -> float:
+        return 1e3 * statistics.median(self.seconds[name])
+
+    def phases(self) -> dict[str, float]:
+        return {phase: statistics.median(found) for phase, found in self.of_phases.items()}
+
+
+class _Noting:
+    def __init__(self, loader: Any, driven: Driven) -> None:
+        self.loader, self.driven, self.identity = loader, driven, loader.identity
+
+    def state(self, step: int) -> dict[str, Any]:
+        return self.loader.state(step)
+
+    def __iter__(self) -> Iterator[Any]:
+        fixed, batches = self.driven.batch, None if self.driven.batch is not None else iter(self.loader)
+        try:
+            while True:
+                started = time.perf_counter()
+                self.driven.requests.append(started)
+                batch = fixed if batches is None else next(batches)
+                self.driven.seconds["data"].append(time.perf_counter() - started)
+                yield batch
+        finally:
+            if batches is not None:
+                batches.close()
+
+
+class _Clipping:
+    def __init__(self, accelerator: Accelerator, driven: Driven) -> None:
+        self._accelerator = accelerator
+        self.clip_grad_norm_ = driven.noting("clip", accelerator.clip_grad_norm_)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
+
+
+def show(found: dict[str, Any]) -> None:
+    print(f"batch {found['batch']}, {found['precision']}, {found['threads']} threads")
+    print("| way | a step, ms | beside bare |\n|---|---|---|")
+    for name, milliseconds in found["milliseconds"].items():
+        print(f"| {name} | {milliseconds:.1f} | {milliseconds / found['milliseconds']['bare']:.3f} |")
+    print(f"with what happens now and then ({found['spread']:.2f} ms a step): ", end="")
+    print(", ".join(f"{name} {share:+.1%}" for name, share in found["overhead"].items()))
+    for name, phases in found["phases"].items():
+        print(f"{name:10} " + "  ".join(f"{phase} {milliseconds:.1f}" for phase, milliseconds in phases.items()))
+    for name, milliseconds in {**found["parts"], **found["now and then"]}.items():
+        print(f"{name:42} {milliseconds:8.2f} ms")
+    print(f"{'the loader, processor time a batch':42} {found['loader' + chr(39) + 's own time']:8.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
