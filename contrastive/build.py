@@ -59,7 +59,7 @@ from contrastive.models import (
     open_clip_model,
 )
 from contrastive.shards import Augment, FeatureLoader, Mixture, PairLoader, TokenCache, open_index
-from contrastive.training import Duration, Every, Schedule, Skips, Trainer, adamw, check_share
+from contrastive.training import Duration, EarlyStop, Every, Schedule, Skips, Trainer, adamw, check_share
 
 
 class FrozenFeatures(NamedTuple):
@@ -403,6 +403,8 @@ def build_trainer(
         validate_every=build_every(config.eval.every, data.epoch_size, batch),
         log_every=config.track.log_every,
         quiet=quiet,
+        ema=None if config.optim.ema is None else (config.optim.ema.decay, config.optim.ema.every),
+        stop=None if config.eval.stop is None else EarlyStop(**config.eval.stop.model_dump()),
     )
 
 

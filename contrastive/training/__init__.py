@@ -2,8 +2,11 @@
 
 from contrastive.training.caching import cached_backward, check_chunkable
 from contrastive.training.checkpoint import check_identity, list_checkpoints, newest_whole
+from contrastive.training.ema import WeightAverage
 from contrastive.training.faults import exit_on_signal
+from contrastive.training.final import FinalModel
 from contrastive.training.optimizer import adamw
+from contrastive.training.patience import EarlyStop
 from contrastive.training.progress import LINE_EVERY_SECONDS
 from contrastive.training.schedule import Duration, Every, Schedule
 from contrastive.training.skips import Skips, TooManySkips, check_share
@@ -13,12 +16,15 @@ from contrastive.training.trainer import NonFinite, Trainer
 __all__ = [
     "LINE_EVERY_SECONDS",
     "Duration",
+    "EarlyStop",
     "Every",
+    "FinalModel",
     "NonFinite",
     "Schedule",
     "Skips",
     "TooManySkips",
     "Trainer",
+    "WeightAverage",
     "adamw",
     "append_metrics",
     "cached_backward",
