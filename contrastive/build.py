@@ -66,6 +66,7 @@ from contrastive.models import (
 from contrastive.shards import Augment, FeatureLoader, Mixture, PairLoader, ShardIndex, TokenCache, open_index
 from contrastive.training import (
     Duration,
+    EarlyStop,
     Every,
     ProbeBatch,
     Schedule,
@@ -495,6 +496,8 @@ def build_trainer(
         mfu=config.track.mfu,
         log_every=config.track.log_every,
         quiet=quiet,
+        ema=None if config.optim.ema is None else (config.optim.ema.decay, config.optim.ema.every),
+        stop=None if config.eval.stop is None else EarlyStop(**config.eval.stop.model_dump()),
     )
 
 

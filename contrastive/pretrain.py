@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,7 @@ from contrastive.shards import Mixture, Rejected, ShardIndex, open_cache, open_i
 from contrastive.shards.storage import is_remote
 from contrastive.training import (
     LINE_EVERY_SECONDS,
+    FinalModel,
     Trainer,
     append_metrics,
     check_chunkable,
@@ -154,6 +156,7 @@ def pretrain(
         complete = trainer.fit(checkpoint, stop_after=stop_after)
         if not accelerator.is_main_process:
             return {} if complete else None
+        kept = trainer.take_final_weights()
         two_tower: TwoTower = accelerator.unwrap_model(trainer.model).eval()
         save_model(two_tower, run_dir / "model")
         if not complete:
@@ -161,7 +164,7 @@ def pretrain(
                 print(f"stopped at step {trainer.step}; `--resume` goes on from {run_dir / 'checkpoints'}")
             return None
         with exit_on_signal(STOPPED):  # nothing is lost: a resumed run comes straight here
-            return evaluate(config, load(run_dir, device=accelerator.device), validation_index, trainer, quiet)
+            return evaluate(config, load(run_dir, device=accelerator.device), validation_index, trainer, kept, quiet)
     finally:
         accelerator.end_training()
 
@@ -383,11 +386,16 @@ def evaluate(
     model: TwoTower,
     validation_index: ShardIndex | None,
     trainer: Trainer,
+    kept: FinalModel,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate the finished model as ``eval`` says; writes ``results.json`` and ``report.html``, prints the table."""
+    """Evaluate the finished model as ``eval`` says; writes ``results.json`` and ``report.html``, prints the table.
+
+    kept: which weights `model` has.
+    """
     run_dir = Path(config.run.dir)
     results: dict[str, Any] = {"run": run_dir.name, "seconds": {"training": trainer.seconds}, "sets": {}}
+    results["model"] = asdict(kept)
     examples: dict[str, Examples] = {}
 
     def write() -> None:
@@ -408,7 +416,8 @@ def evaluate(
         found = evaluate_pairs(model, validation_index, name="validation", examples=8, workers=config.data.workers)
         add(found)
         scalars = {f"validation/{key}": value for key, value in found.scalars().items()}
-        append_metrics(run_dir / "metrics.jsonl", trainer.step, scalars)
+        if kept.stopped_early is None:  # else the validation that stopped it stands there already
+            append_metrics(run_dir / "metrics.jsonl", trainer.step, scalars)
     for labelled in config.eval.labelled:
         add(
             evaluate_labelled(
@@ -437,7 +446,7 @@ def evaluate(
     write()
     if not quiet:
         print(format_results_table(results))
-        print(f"model   {run_dir / 'model'}   results {run_dir / 'results.json'}")
+        print(f"model   {run_dir / 'model'} ({kept})   results {run_dir / 'results.json'}")
         if config.eval.report:
             print(f"report  {run_dir / 'report.html'}")
     return results

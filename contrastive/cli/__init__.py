@@ -18,7 +18,7 @@ from contrastive.errors import UserError
 
 COMMANDS = (
     "train", "shard", "check", "tokenizer", "embed", "classify", "probe", "evaluate", "interpolate", "recipes", "bench",
-    "selfcheck",
+    "find", "selfcheck",
 )  # fmt: skip
 
 

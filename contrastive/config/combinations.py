@@ -147,6 +147,14 @@ def _evaluation(config: Config) -> Iterator[Problem]:
     if best is not None and every is None:
         line = f"checkpoint.keep_best: {best} is told by validations during the run; set eval.every, or keep_best null"
         yield ("checkpoint.keep_best", "eval.every"), line
+    stop = config.eval.stop
+    if stop is not None and every is None:
+        line = f"eval.stop: {stop.metric} is told by validations during the run; set eval.every, or eval.stop to null"
+        yield ("eval.stop", "eval.every"), line
+    if stop is not None and stop.mode == "min" and best == stop.metric:
+        line = f"checkpoint.keep_best: keeps the largest {best}, and eval.stop.mode min wants the smallest; "
+        line += "set keep_best to null"
+        yield ("checkpoint.keep_best", "eval.stop"), line
     if every is not None and config.data.validation is None:
         line = f"eval.every: {every} needs data.validation, which is null; set that, or eval.every to null"
         yield ("eval.every", "data.validation"), line

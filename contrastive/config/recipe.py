@@ -261,6 +261,13 @@ class DataConfig(Block):
         return {self.train: 1} if isinstance(self.train, str) else self.train
 
 
+class EMAConfig(Block):
+    """A running average of the weights, which is validated and is the final model."""
+
+    decay: float = Field(0.999, gt=0, lt=1, description="per step; it remembers about 1 / (1 - decay) steps")
+    every: int = Field(1, ge=1, description="steps from one update to the next, which takes decay ** every")
+
+
 class OptimConfig(Block):
     """AdamW and its schedule."""
 
@@ -273,6 +280,7 @@ class OptimConfig(Block):
     warmup: Annotated[int | str, PlainValidator(warmup_span)] = Field("5%", description="steps, or a share of the run")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
     clip: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
+    ema: EMAConfig | None = Field(None, description="{decay: 0.999, every: 1}; null: no average of the weights")
     max_skipped: int = Field(
         20, ge=1, description="steps in a row whose gradient is not finite, and which change nothing, that stop the run"
     )
@@ -342,6 +350,17 @@ class LabelledSetConfig(Block):
     )
 
 
+class StopConfig(Block):
+    """Ends the run when its validation no longer improves."""
+
+    metric: str = Field("zeroshot/top1", min_length=1, description="a number of the validation")
+    patience: int = Field(3, ge=1, description="validations in a row without an improvement that end the run")
+    min_delta: float = Field(0.0, ge=0, description="an improvement is more than this")
+    mode: Literal["auto", "max", "min"] = Field(
+        "auto", description="which is better; auto: min where the name holds loss, error or rank"
+    )
+
+
 class EvalConfig(Block):
     """Evaluation during the run and at its end."""
 
@@ -350,6 +369,9 @@ class EvalConfig(Block):
     )
     labelled: Annotated[tuple[LabelledSetConfig, ...], Field(strict=False)] = ()
     report: bool = Field(True, description="write report.html at the end")
+    stop: StopConfig | None = Field(
+        None, description="{metric: zeroshot/top1, patience: 3}; null: the run has its whole length"
+    )
 
 
 class TrackConfig(Block):

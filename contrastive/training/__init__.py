@@ -2,9 +2,12 @@
 
 from contrastive.training.caching import cached_backward, check_chunkable
 from contrastive.training.checkpoint import check_identity, list_checkpoints, newest_whole
+from contrastive.training.ema import WeightAverage
 from contrastive.training.faults import exit_on_signal
+from contrastive.training.final import FinalModel
 from contrastive.training.hold import Until
 from contrastive.training.optimizer import adamw
+from contrastive.training.patience import EarlyStop
 from contrastive.training.probe_batch import ProbeBatch
 from contrastive.training.progress import LINE_EVERY_SECONDS
 from contrastive.training.schedule import Duration, Every, Schedule
@@ -15,7 +18,9 @@ from contrastive.training.trainer import NonFinite, Trainer
 __all__ = [
     "LINE_EVERY_SECONDS",
     "Duration",
+    "EarlyStop",
     "Every",
+    "FinalModel",
     "NonFinite",
     "ProbeBatch",
     "Schedule",
@@ -23,6 +28,7 @@ __all__ = [
     "TooManySkips",
     "Trainer",
     "Until",
+    "WeightAverage",
     "adamw",
     "append_metrics",
     "cached_backward",

@@ -2,7 +2,8 @@
 
 ``checkpoints/step_<n>/`` holds tensors as safetensors, plain values as JSON, and nothing that is ever unpickled:
 
-``model``, ``optimizer``, ``loss`` (where the loss keeps something from step to step)
+``model``, ``optimizer``, ``loss`` (where the loss keeps something from step to step), ``ema`` (the average of the
+weights, where there is one)
 ``random_<rank>``: the generators of each process
 ``state.json``: the step, the position in the data, counters, and what the run is (see `check_identity`)
 ``manifest.json``: size of each of these files, and SHA-256 of each 16 MiB of them
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from contrastive.errors import UserError
+from contrastive.training.ema import WeightAverage
 from contrastive.training.randomness import random_state, restore_random_state
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -62,6 +64,8 @@ def take_snapshot(
     loss: nn.Module | None,
     state: dict[str, Any],
     spare: Snapshot | None = None,
+    *,
+    average: WeightAverage | None = None,
 ) -> Snapshot:
     """Copy all that a checkpoint holds; all processes call it, the main one keeps it.
 
@@ -82,6 +86,8 @@ def take_snapshot(
     }
     if loss is not None and loss.state_dict():
         tensors["loss"] = loss.state_dict()
+    if average is not None:
+        tensors["ema"] = average.state_dict()
     if accelerator.scaler is not None:
         state = {**state, "scaler": accelerator.scaler.state_dict()}
     old = {} if spare is None else spare.tensors
@@ -244,8 +250,11 @@ def load_checkpoint(
     identity: dict[str, Any],
     *,
     loss: nn.Module | None = None,
+    average: WeightAverage | None = None,
 ) -> dict[str, Any]:
-    """Put model, optimizer, what the loss keeps and random states back; returns the saved state.
+    """Put model, optimizer, what the loss keeps, the average and random states back; returns the saved state.
+
+    An `average` that the checkpoint does not hold begins with its weights, and says so.
 
     The optimizer's moments come from the checkpoint; rate, decay, betas and eps stay those of this run, so that they
     can be changed on the way.
@@ -263,6 +272,8 @@ def load_checkpoint(
                 f"({', '.join(loss.state_dict())}); resume with the loss that the run was started with"
             )
         loss.load_state_dict(values)
+    if average is not None:
+        load_average(path, average)
     _load_optimizer(optimizer, _load(path, "optimizer"))
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -270,6 +281,34 @@ def load_checkpoint(
         # absent when the run goes on with more processes; the loader does not depend on it
         restore_random_state(_load(path, f"random_{accelerator.process_index}"))
     return state
+
+
+def load_average(path: Path, average: WeightAverage) -> None:
+    """The average of a checkpoint; one begun with the model's weights, which are the checkpoint's, where it has none.
+
+    Raises:
+        UserError: it is the average of other parameters: those that learn were others.
+    """
+    if not (path / "ema.safetensors").is_file():
+        average.start_anew()
+        print(f"note: {path} holds no average of the weights; optim.ema begins with the weights of that step")
+        return
+    try:
+        average.load_state_dict(_load(path, "ema"))
+    except KeyError as name:
+        raise UserError(
+            f"{path}: cannot resume, its average is one of other weights ({name.args[0]} is in one of both only); "
+            "resume with the recipe that it was started with"
+        ) from None
+
+
+def load_weights(path: Path, model: nn.Module, *, average: bool) -> None:
+    """Put the weights of a checkpoint into a model; with `average` those of `optim.ema`, which it must hold."""
+    weights = _load(path, "model")
+    if average:
+        averaged = _load(path, "ema")
+        weights |= {name: averaged[name].to(weights[name].dtype) for name in weights.keys() & averaged.keys()}
+    model.load_state_dict(weights)
 
 
 def _load(path: Path, name: str) -> dict[str, Tensor]:

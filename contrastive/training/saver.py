@@ -59,15 +59,21 @@ class Saver:
                 f"the one before is whole. Make room and go on with --resume"
             )
 
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and value of the best weights so far, also of those of the runs before this one was resumed."""
+        if self._best is None and (self.folder / BEST).is_file():
+            kept = json.loads((self.folder / BEST).read_text())
+            self._best = (kept["step"], kept["value"])
+        return self._best
+
     def score(self, step: int, value: float) -> bool:
         """Whether the weights of `step` are the best so far; their checkpoint is not deleted then.
 
         A step that is not behind the best one is done again, after a kill perhaps before its checkpoint was whole.
         """
-        if self._best is None and (self.folder / BEST).is_file():
-            kept = json.loads((self.folder / BEST).read_text())
-            self._best = (kept["step"], kept["value"])
-        if self._best is not None and step > self._best[0] and value <= self._best[1]:
+        best = self.best
+        if best is not None and step > best[0] and value <= best[1]:
             return False
         self.finish()  # its pruning goes by the best one
         self._best = (step, value)

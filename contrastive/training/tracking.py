@@ -49,15 +49,20 @@ def environment() -> dict[str, Any]:
 class Tracker:
     """Writes a row of numbers to ``metrics.jsonl`` and to the trackers of the accelerator, from the main process.
 
-    A resumed run first drops the rows after the step it goes on from, so that no step stands twice.
+    A resumed run first drops the rows after the step it goes on from, so that no step stands twice; and, with
+    `validates_first`, the validation of that step, which it does again.
     """
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, *, from_step: int = 0) -> None:
+    def __init__(
+        self, accelerator: Accelerator, run_dir: Path, *, from_step: int = 0, validates_first: bool = False
+    ) -> None:
         self.accelerator = accelerator
         self.path = run_dir / "metrics.jsonl"
         if accelerator.is_main_process:
             rows = read_metrics(self.path) if from_step else []
             kept = [row for row in rows if row["step"] <= from_step]
+            if validates_first:
+                kept = [r for r in kept if r["step"] < from_step or not any("validation/" in key for key in r)]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:

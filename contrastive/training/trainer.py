@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +20,11 @@ from contrastive.losses.waiting import watch_exchanges
 from contrastive.training.checkpoint import load_checkpoint, set_aside, take_snapshot
 from contrastive.training.clock import Clock, time_averaging
 from contrastive.training.curriculum import Curriculum, Settings, StagedBatches
+from contrastive.training.ema import WeightAverage
 from contrastive.training.faults import Watchdog, stop_on_signal
+from contrastive.training.final import FinalModel, take_final_weights
 from contrastive.training.hold import Hold, Until
+from contrastive.training.patience import EarlyStop
 from contrastive.training.probe_batch import ProbeBatch
 from contrastive.training.progress import Progress
 from contrastive.training.saver import Saver
@@ -71,6 +74,8 @@ class Trainer:
         step_timeout: seconds after which a step that does not end ends the process, see `Watchdog`.
         validate: ``two-tower model -> {name: share of 1}``, called on the main process every `validate_every`.
         probe: is called on the main process every `probe_every`. mfu: log what `Utilisation` gives.
+        ema: ``(decay, every)`` of a `WeightAverage`, validated and final; the main process has it.
+        stop: ends the run behind a validation; its metric is a name that `validate` returns.
     """
 
     def __init__(
@@ -104,6 +109,8 @@ class Trainer:
         mfu: bool = False,
         log_every: int = 10,
         quiet: bool = False,
+        ema: tuple[float, int] | None = None,
+        stop: EarlyStop | None = None,
     ) -> None:
         self.accelerator, self.schedule, self.duration = accelerator, schedule, duration
         self.make_loader, self.skips = make_loader, skips
@@ -116,6 +123,9 @@ class Trainer:
         self.train_step = TrainStep(
             accelerator, self.model, loss, self.optimizer, clip=clip, chunk=chunk, hold=self.hold, clock=self.clock
         )
+        averages = ema is not None and accelerator.is_main_process
+        self.average = WeightAverage(accelerator.unwrap_model(self.model), *ema) if averages and ema else None
+        self.stop = stop
         self.run_dir, self.global_batch = run_dir, global_batch
         self.curriculum = curriculum or Curriculum()
         # What is wrong with it is told before the first step. Of a run in stages it is the last one's.
@@ -132,6 +142,7 @@ class Trainer:
         self.quiet = quiet
         self.step = 0  # optimizer steps done: the whole position in the data
         self.seconds = 0.0  # training time, validation and saving left out
+        self._validation_due = False  # behind this step, and not done yet
         self._saved_step = 0  # of the newest snapshot; the saver's is that of the newest on the disk
         self.skipped = self._skipped_in_a_row = 0  # steps whose gradients were not finite
 
@@ -141,7 +152,8 @@ class Trainer:
         """Run to the end, or to step `stop_after`; a checkpoint is saved there either way.
 
         Returns:
-            True when the run is complete, False when it was stopped early (`stop_after` or a signal).
+            True when the run is complete, as one is that `stop` ended; False when it was stopped before (`stop_after`
+            or a signal).
 
         Raises:
             UserError: a loader failed or too much of the data is bad, behind a checkpoint to go on from; a checkpoint
@@ -153,7 +165,7 @@ class Trainer:
             self._restore(resume_from)
         if self.mfu:  # ahead of the loader's workers, which would take part of the machine
             self._utilisation = Utilisation(self.accelerator)
-        tracker = Tracker(self.accelerator, self.run_dir, from_step=self.step)
+        tracker = Tracker(self.accelerator, self.run_dir, from_step=self.step, validates_first=self._validation_due)
         progress = Progress(enabled=self.accelerator.is_main_process and not self.quiet)
         two_tower: Any = self.accelerator.unwrap_model(self.model)
         batches = StagedBatches(
@@ -161,9 +173,11 @@ class Trainer:
         )
         window = _Window()
         share = self.duration.progress(self.step, self.seconds)
-        stopping = False
         exchanges = watch_exchanges(lambda: self.clock.within("communication"))
         with stop_on_signal() as stop_requested, self._watchdog() as watchdog, _closing(batches, self.saver), exchanges:
+            if self._validation_due:  # of a run that was stopped before it
+                self._validate(tracker, progress)
+            stopping = self.stopped_early
             # A step lasts from one turn of the loop to the next: an accelerator works on after the call returns, and
             # whoever waits for it first pays. Saving and validation are left out by starting the clock anew.
             started = time.perf_counter()
@@ -180,6 +194,9 @@ class Trainer:
                 factor = self.schedule.factor(self.step, share)
                 self.hold.move_to(self.step, share)
                 metrics = self.train_step(batch, factor)
+                skipped = float(metrics["skipped"]) > 0
+                if self.average is not None and not skipped:
+                    self.average.update()
                 self.step += 1
                 before, now = (self.step - 1, self.seconds, share), time.perf_counter()
                 seconds, started = now - started, now
@@ -187,7 +204,7 @@ class Trainer:
                 share = self.duration.progress(self.step, self.seconds)
                 place = (self.step, self.seconds, share)
                 stopping = stopping or self.step == stop_after
-                self._count_skipped(float(metrics["skipped"]) > 0)
+                self._count_skipped(skipped)
                 window.add(metrics, wait, seconds, factor)
                 watchdog.rest()  # logging may pass through a slow tracker, saving and validation take their time
                 probed = self._probe(before, place)
@@ -197,18 +214,36 @@ class Trainer:
                 elif probed:
                     tracker.log(self.step, probed)
                 last = share >= 1.0 or stopping
+                # the last validation is the caller's: it wants more than scalars
+                self._validation_due = share < 1.0 and self._is_time_to_validate(before, place)
                 if last or (self.checkpoint_every and self.checkpoint_every.due(before, place)):
                     with self.clock.within("saving"):
                         self._save()
                     started = time.perf_counter()
-                # the last validation is the caller's: it wants more than scalars
-                if self.validate and self.validate_every and share < 1.0 and self.validate_every.due(before, place):
+                if self._validation_due and not stopping:  # a scheduler that stops a run does not wait for it
                     with self.clock.within("validation"):
                         self._validate(tracker, progress)
+                    stopping = self.stopped_early
                     started = time.perf_counter()
         progress.close()
         self._finish_saving()
-        return share >= 1.0
+        return share >= 1.0 or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the validations have ended the run."""
+        return self.stop is not None and self.stop.stopped
+
+    def take_final_weights(self) -> FinalModel:
+        """Put the weights that the run ends with into the model of the main process, see there; behind `fit`."""
+        two_tower = self.accelerator.unwrap_model(self.model)
+        watched = None if self.stop is None else self.stop.metric
+        best = self.saver.best if self.stopped_early and self.keep_best == watched else None
+        reason = self.stop.reason if self.stop is not None and self.stopped_early else None
+        return take_final_weights(two_tower, self.average, self.step, self.saver.folder, best=best, reason=reason)
+
+    def _is_time_to_validate(self, before: tuple[int, float, float], now: tuple[int, float, float]) -> bool:
+        return bool(self.validate and self.validate_every and self.validate_every.due(before, now))
 
     def _agree(self, stop: bool, batch: Any, fault: Exception | None) -> bool:
         """Whether to stop behind this step; every rank decides alike, from what the loaders of all of them gave.
@@ -301,11 +336,12 @@ class Trainer:
 
     def _validate(self, tracker: Tracker, progress: Progress) -> None:
         assert self.validate is not None
-        better, fault = False, None
+        better, fault, watched = False, None, math.nan
         if self.accelerator.is_main_process:
             # Validation must not move the random streams: resuming behind it would give other weights.
             own = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=own):
+            averaged = nullcontext() if self.average is None else self.average.applied()
+            with torch.random.fork_rng(devices=own), averaged:
                 two_tower: Any = self.accelerator.unwrap_model(self.model)
                 values = self.validate(two_tower)
                 two_tower.train()
@@ -313,17 +349,28 @@ class Trainer:
             progress.write(
                 f"validation at step {self.step}: " + " · ".join(f"{key} {value:.1%}" for key, value in values.items())
             )
-            if self.keep_best is not None and self.keep_best in values:
+            for key, name in (("checkpoint.keep_best", self.keep_best), ("eval.stop.metric", self._watched)):
+                if name is not None and name not in values:
+                    fault = f"{key}: {name!r}; validation gives {', '.join(sorted(values))}"
+            if fault is None and self.keep_best is not None:
                 better = self.saver.score(self.step, values[self.keep_best])
-            elif self.keep_best is not None:
-                fault = f"checkpoint.keep_best: {self.keep_best!r}; validation gives {', '.join(sorted(values))}"
-        verdicts = gather_object([(better, fault)])  # the others wait here for the main process
-        for _, fault in verdicts:
-            if fault is not None:
-                raise UserError(fault)
-        if any(better for better, _ in verdicts) and self.step != self._saved_step:
+            watched = values.get(self._watched or "", math.nan)
+        # the others wait here for the main process
+        better, fault, watched = gather_object([(better, fault, watched)])[0]
+        if fault is not None:
+            raise UserError(fault)
+        self._validation_due = False
+        if self.stop is not None:
+            self.stop.observe(self.step, watched)
+            if self.stopped_early:
+                progress.write(f"stopped early at step {self.step}: {self.stop.reason}")
+        if (better or self.stopped_early) and self.step != self._saved_step:
             with self.clock.within("saving"):
                 self._save()
+
+    @property
+    def _watched(self) -> str | None:
+        return None if self.stop is None else self.stop.metric
 
     def _save(self) -> None:
         """Begin to save; `_finish_saving` waits for the end."""
@@ -338,9 +385,12 @@ class Trainer:
         loader = {**self._loader.state(self.step), "counters": self.skips.state()}
         skipped = {"skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
         state = {"step": self.step, "seconds": self.seconds, **skipped, **self.identity, "loader": loader}
+        state |= {"validation_due": self._validation_due, "stop": None if self.stop is None else self.stop.state()}
         self.saver.finish()
         spare = self.saver.spare
-        snapshot = take_snapshot(self.accelerator, self.model, self.optimizer, self.loss, state, spare)
+        snapshot = take_snapshot(
+            self.accelerator, self.model, self.optimizer, self.loss, state, spare, average=self.average
+        )
         if self.accelerator.is_main_process:
             self.saver.save(snapshot)
         self._saved_step = self.step
@@ -353,10 +403,15 @@ class Trainer:
                 raise UserError(fault)
 
     def _restore(self, path: Path) -> None:
-        state = load_checkpoint(path, self.accelerator, self.model, self.optimizer, self.identity, loss=self.loss)
+        state = load_checkpoint(
+            path, self.accelerator, self.model, self.optimizer, self.identity, loss=self.loss, average=self.average
+        )
         self.step, self.seconds = state["step"], state["seconds"]
         self.skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.skips.restore(state["loader"]["counters"])
+        self._validation_due = bool(state.get("validation_due") and self.validate and self.validate_every)
+        if self.stop is not None:
+            self.stop.restore(state.get("stop"))
         self._saved_step = self.step
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:

@@ -21,8 +21,8 @@ class Utilisation:
     """The share of the peak that the model's own operations reach, see `row`.
 
     `peak` is in operations a second, of all processes: each measures its own at the same time. `flops` are the
-    operations of a pair, counted on the first batch of each image size: where captions are cut to the longest of a batch,
-    other batches may have somewhat more or less.
+    operations of a pair, counted on the first batch of each image size: where captions are cut to the longest of a
+    batch, other batches may have somewhat more or less.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
