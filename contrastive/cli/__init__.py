@@ -17,7 +17,8 @@ from typing import NoReturn, Protocol, cast
 from contrastive.errors import UserError
 
 COMMANDS = (
-    "train", "shard", "check", "tokenizer", "embed", "classify", "probe", "evaluate", "recipes", "bench", "selfcheck",
+    "train", "shard", "check", "tokenizer", "embed", "classify", "probe", "evaluate", "recipes",
+    "plan", "bench", "selfcheck",
 )  # fmt: skip
 
 
