@@ -70,15 +70,15 @@ def main() -> None:
     if arguments.published:
         keep({"published": [published(*run) for run in PUBLISHED]})
         return
-    rows, card = [], {}
+    rows, cards = [], {}
     for case in CASES:
         plan, found = (_alone(part, case) for part in ("plan", "step"))
-        card = plan.pop("card")
+        cards[case] = plan.pop("card")
         for quantity in plan:
             rows.append({"case": case, "quantity": quantity, "planned": plan[quantity], "measured": found[quantity]})
             ratio = plan[quantity] / found[quantity]
             print(f"{case:36}{quantity:24}{plan[quantity]:16,.4f}{found[quantity]:16,.4f}{ratio:8.3f}", flush=True)
-    keep({"threads": torch.get_num_threads(), "card": card, "rows": rows})
+    keep({"threads": torch.get_num_threads(), "cards": cards, "rows": rows})
 
 
 def keep(found: dict[str, Any]) -> None:

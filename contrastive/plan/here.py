@@ -1,4 +1,4 @@
-"""This machine as a card: its peak and its memory's bandwidth, measured in about a second each."""
+"""This machine as a card: its peak and its memory's bandwidth, measured in a second or two."""
 
 from __future__ import annotations
 

@@ -108,6 +108,8 @@ def make_plan(config: Config, choices: Choices) -> Plan:
             f"train.precision: {config.train.precision} is {precision}, which {card.name} lacks; use {able}"
         )
     notes: list[str] = []
+    if card.name == HERE and not torch.accelerator.is_available():
+        notes.append("on a CPU the seconds were 1.1 to 3 times too short where they were checked (docs/planning.md)")
     data = _data(config, choices)
     samples = len(data) if data is not None else choices.samples
     model = build_model(config, _tokenizer(config, data, notes)).train()
