@@ -142,3 +142,25 @@ def test_table_of_the_losses_on_a_gpu_is_what_the_benchmark_wrote() -> None:
             f"{row['memory_share']:.1%}".replace("%", " %") if peer else "",
         ])  # fmt: skip
     assert table_after("experiments.md", "loss | pairs | products") == expected
+
+
+def test_table_of_plans_beside_published_runs_is_what_the_benchmark_wrote() -> None:
+    expected = [
+        [
+            row["model"], f"{row['gpus']}", f"{row['rows']}", "yes" if row["checkpointing"] else "no",
+            f"{row['planned']:.0f}", f"{row['measured']:.0f}", f"{row['planned'] / row['measured']:.2f}",
+        ]
+        for row in results("plan")["published"]
+    ]  # fmt: skip
+    assert table_after("planning.md", "model | GPUs") == expected
+
+
+def test_table_of_plans_beside_steps_is_what_the_benchmark_wrote() -> None:
+    expected = [
+        [
+            row["case"], row["quantity"], f"{row['planned']:,.2f}", f"{row['measured']:,.2f}",
+            f"{row['planned'] / row['measured']:.2f}",
+        ]
+        for row in results("plan")["rows"]
+    ]  # fmt: skip
+    assert table_after("planning.md", "case | quantity") == expected

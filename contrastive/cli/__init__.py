@@ -18,7 +18,7 @@ from contrastive.errors import UserError
 
 COMMANDS = (
     "train", "shard", "check", "tokenizer", "embed", "classify", "probe", "evaluate", "interpolate", "recipes", "bench",
-    "find", "selfcheck",
+    "plan", "find", "selfcheck",
 )  # fmt: skip
 
 
