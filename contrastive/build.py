@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -76,6 +77,7 @@ from contrastive.training import (
     adamw,
     check_share,
     check_trackers,
+    shard,
 )
 from contrastive.training.curriculum import Settings
 
@@ -441,10 +443,15 @@ def build_trainer(
             **place,
         )
 
+    probe_every = config.track.probe_every if config.track.probe and config.data.validation else None
     towers = _towers(config)
     layer_decay = {tower: choice.layer_decay for tower, choice in towers.items() if choice.layer_decay != 1}
     network: nn.Module = model
-    if world > 1:
+    twin = None
+    if world > 1 and config.train.sharding == "fsdp":
+        twin = copy.deepcopy(model) if accelerator.is_main_process else None
+        network = shard(accelerator.prepare_model(model, evaluation_mode=True), accelerator.device)
+    elif world > 1:
         network = _synchronise_batch_norm(model, accelerator)
     return Trainer(
         accelerator,
@@ -492,11 +499,12 @@ def build_trainer(
         validate=validate,
         validate_every=build_every(config.eval.every, data.epoch_size, batch),
         probe=build_probe(config, model, validation_index) if accelerator.is_main_process else None,
-        probe_every=build_every(config.track.probe_every, data.epoch_size, batch),
+        probe_every=build_every(probe_every, data.epoch_size, batch),
         mfu=config.track.mfu,
         log_every=config.track.log_every,
         quiet=quiet,
         ema=None if config.optim.ema is None else (config.optim.ema.decay, config.optim.ema.every),
+        twin=twin,
         stop=None if config.eval.stop is None else EarlyStop(**config.eval.stop.model_dump()),
     )
 

@@ -157,7 +157,7 @@ def pretrain(
         if not accelerator.is_main_process:
             return {} if complete else None
         kept = trainer.take_final_weights()
-        two_tower: TwoTower = accelerator.unwrap_model(trainer.model).eval()
+        two_tower: TwoTower = trainer.final.eval()
         save_model(two_tower, run_dir / "model")
         if not complete:
             if not quiet:

@@ -28,6 +28,7 @@ def impossible_combinations(config: Config) -> Iterator[Problem]:
     yield from _augmentation(config)
     yield from _cached_features(config)
     yield from _evaluation(config)
+    yield from _sharding(config)
     yield from curriculum_problems(config)
 
 
@@ -170,3 +171,21 @@ def _evaluation(config: Config) -> Iterator[Problem]:
                 f"{where}.name: '{labelled.name}' is taken; choose another name",
             )
         names.add(labelled.name)
+
+
+def _sharding(config: Config) -> Iterator[Problem]:
+    """What has not been made to work, and tested, with weights in shares."""
+    if config.train.sharding == "none":
+        return
+    unfit = {
+        "optim.ema": config.optim.ema is not None,
+        "track.mfu": config.track.mfu,
+        "train.precision": config.train.precision == "fp16",
+    }
+    for tower in ("image", "text"):
+        choice = getattr(config.model, tower)
+        unfit |= {f"model.{tower}.lora": choice.lora is not None}
+        unfit |= {f"model.{tower}.unfreeze_at": choice.unfreeze_at is not None}
+    for key in (key for key, wrong in unfit.items() if wrong):
+        line = f"{key}: does not go with train.sharding fsdp; leave one of them out"
+        yield (key, "train.sharding"), line

@@ -312,6 +312,10 @@ class TrainConfig(Block):
         "ninja): a loss of large batches takes about a tenth less time, with the same gradient to rounding",
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 where supported")
+    sharding: Literal["none", "fsdp"] = Field(
+        "none",
+        description="fsdp: a process keeps its share of weights, gradients and moments (FSDP2); none: all of them (DDP)",
+    )
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
     channels_last: bool = Field(True, description="memory layout of the image tower")
     threads: int | None = Field(None, ge=1, description="torch threads per process; null: torch's choice")

@@ -11,6 +11,7 @@ from contrastive.training.patience import EarlyStop
 from contrastive.training.probe_batch import ProbeBatch
 from contrastive.training.progress import LINE_EVERY_SECONDS
 from contrastive.training.schedule import Duration, Every, Schedule
+from contrastive.training.sharding import shard
 from contrastive.training.skips import Skips, TooManySkips, check_share
 from contrastive.training.tracking import append_metrics, check_trackers, environment, read_metrics
 from contrastive.training.trainer import NonFinite, Trainer
@@ -41,4 +42,5 @@ __all__ = [
     "list_checkpoints",
     "newest_whole",
     "read_metrics",
+    "shard",
 ]

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from contrastive.errors import UserError
 from contrastive.training.randomness import random_state, restore_random_state
+from contrastive.training.sharding import without_averaging
 
 Output = dict[str, Any]  # the model's "image" and "text" (n, D), "scale" and "bias" 0-d; the bias may be None
 
@@ -63,7 +64,7 @@ def cached_backward(
         return metrics
 
     # Only the very last backward may average gradients over ranks: DDP adds what no_sync kept back to it.
-    no_sync = getattr(model, "no_sync", nullcontext)
+    no_sync = without_averaging(model)
     states, embedded = [], []
     with no_sync():
         for rows in replayed:

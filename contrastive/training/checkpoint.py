@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 from contrastive.errors import UserError
 from contrastive.training.ema import WeightAverage
 from contrastive.training.randomness import random_state, restore_random_state
+from contrastive.training.sharding import complete, is_sharded, is_share, like
 
 MANIFEST, STATE = "manifest.json", "state.json"
 PIECE = 1 << 24  # bytes that are hashed together
@@ -72,32 +73,34 @@ def take_snapshot(
     spare: an earlier one that nobody needs any more; its memory is used again, which halves the time.
     """
     generators = gather_object([random_state()])
-    if not accelerator.is_main_process:
+    main = accelerator.is_main_process
+    if not main and not is_sharded(model):
         return Snapshot()
-    saved = optimizer.state_dict()
     tensors = {
         "model": accelerator.unwrap_model(model).state_dict(),
         "optimizer": {
             f"{parameter}.{name}": value if torch.is_tensor(value) else torch.tensor(value)
-            for parameter, values in saved["state"].items()
+            for parameter, values in optimizer.state_dict()["state"].items()
             for name, value in values.items()
         },
-        **{f"random_{rank}": generator for rank, generator in enumerate(generators)},
     }
-    if loss is not None and loss.state_dict():
-        tensors["loss"] = loss.state_dict()
-    if average is not None:
-        tensors["ema"] = average.state_dict()
+    if main:
+        tensors |= {f"random_{rank}": generator for rank, generator in enumerate(generators)}
+        if loss is not None and loss.state_dict():
+            tensors["loss"] = loss.state_dict()
+        if average is not None:
+            tensors["ema"] = average.state_dict()
     if accelerator.scaler is not None:
         state = {**state, "scaler": accelerator.scaler.state_dict()}
-    old = {} if spare is None else spare.tensors
-    return Snapshot(
-        state,
-        {
-            file: {key: _copy(value, old.get(file, {}).get(key)) for key, value in values.items()}
-            for file, values in tensors.items()
-        },
-    )
+    snapshot = Snapshot(state)
+    for file, values in tensors.items():
+        old = {} if spare is None else spare.tensors.get(file, {})
+        snapshot.tensors[file] = {}
+        for key, value in values.items():
+            whole = complete(value)  # one by one: what lies in shares is whole for the moment of the copy alone
+            if main:
+                snapshot.tensors[file][key] = _copy(whole, old.get(key))
+    return snapshot if main else Snapshot()
 
 
 def _copy(value: Tensor, spare: Tensor | None) -> Tensor:
@@ -263,7 +266,9 @@ def load_checkpoint(
         UserError: see `check_identity`; or the checkpoint holds nothing of a loss that keeps something.
     """
     state = check_identity(path, identity)
-    accelerator.unwrap_model(model).load_state_dict(_load(path, "model"))
+    two_tower = accelerator.unwrap_model(model)
+    own = two_tower.state_dict()
+    two_tower.load_state_dict({key: like(value, own.get(key)) for key, value in _load(path, "model").items()})
     if loss is not None and loss.state_dict():
         values = _load(path, "loss") if (path / "loss.safetensors").is_file() else {}
         if {k: v.shape for k, v in values.items()} != {k: v.shape for k, v in loss.state_dict().items()}:
@@ -322,7 +327,9 @@ def _load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None
     for key, value in tensors.items():
         number, _, name = key.partition(".")
         parameter = parameters[int(number)]
-        if value.shape == parameter.shape:
+        if is_share(parameter):
+            value = like(value, parameter)
+        elif value.shape == parameter.shape:
             # The fused AdamW goes through memory as it lies: moments in another layout than a channels-last weight's
             # would be added to the wrong entries.
             value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)

@@ -35,8 +35,10 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
         if getattr(part, "running_var", None) is not None:
             raise UserError(
                 f"train.sharding: fsdp does not go with {name} ({type(part).__name__}), whose running statistics "
-                "would differ between processes; set it to ddp, or choose a tower with layer normalisation"
+                "would differ between processes; set it to none, or choose a tower with layer normalisation"
             )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP2 takes no channels-last weights
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for part in model.modules():
@@ -48,13 +50,17 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` has been here."""
+    return isinstance(model, FSDPModule)
+
+
 def average_scalars(model: nn.Module) -> None:
     """Average over processes the gradients that `shard` left whole."""
-    if isinstance(model, FSDPModule):
-        for parameter in model.parameters():
-            if not isinstance(parameter, DTensor) and parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor) and parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
 
 
 def without_averaging(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
@@ -98,7 +104,26 @@ def complete(value: Tensor) -> Tensor:
     return found
 
 
-def like(value: Tensor, model: Tensor) -> Tensor:
+def fill(model: nn.Module, shares: nn.Module) -> None:
+    """Put the whole weights of a sharded model into one of the same architecture; see `drain` for the others."""
+    own = model.state_dict()
+    with torch.no_grad():
+        for key, value in shares.state_dict().items():
+            own[key].copy_(complete(value))
+
+
+def drain(shares: nn.Module) -> None:
+    """Take part in `fill`, which happens on another process."""
+    for value in shares.state_dict().values():
+        complete(value)
+
+
+def is_share(value: object) -> bool:
+    """Whether a tensor is this process's share of one that is larger."""
+    return isinstance(value, DTensor)
+
+
+def like(value: Tensor, model: Tensor | None) -> Tensor:
     """`value`, whole and equal on every process, in shares as `model` is; itself where that is whole."""
     if isinstance(model, DTensor) and value.shape == model.shape:
         device = model.device_mesh.device_type

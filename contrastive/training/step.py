@@ -15,6 +15,7 @@ from contrastive.training.caching import Output, cached_backward, check_chunkabl
 from contrastive.training.clock import Clock
 from contrastive.training.hold import Hold
 from contrastive.training.optimizer import set_learning_rate
+from contrastive.training.sharding import average_scalars, clip_gradients, is_sharded
 
 LossFunction = Callable[..., dict[str, Tensor]]
 
@@ -90,7 +91,11 @@ class TrainStep:
         if self.hold is not None:
             self.hold.drop_gradients()
         # the averaged gradients are the same on every rank, and so is their norm: what follows is decided alike
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
+        if is_sharded(self.model):
+            average_scalars(self.model)
+            norm: Tensor | None = clip_gradients(self.model.parameters(), self.clip or math.inf)
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
         if norm is not None:
             metrics["gradient_norm"] = norm
         bad = norm is not None and not bool(norm.isfinite())

@@ -29,6 +29,7 @@ from contrastive.training.probe_batch import ProbeBatch
 from contrastive.training.progress import Progress
 from contrastive.training.saver import Saver
 from contrastive.training.schedule import Duration, Every, Schedule
+from contrastive.training.sharding import drain, fill, finite_everywhere, is_sharded
 from contrastive.training.skips import Skips
 from contrastive.training.step import LossFunction, TrainStep
 from contrastive.training.tracking import Tracker
@@ -76,6 +77,7 @@ class Trainer:
         probe: is called on the main process every `probe_every`. mfu: log what `Utilisation` gives.
         ema: ``(decay, every)`` of a `WeightAverage`, validated and final; the main process has it.
         stop: ends the run behind a validation; its metric is a name that `validate` returns.
+        twin: of a sharded model, on the main process: one like it that takes the whole weights to be evaluated.
     """
 
     def __init__(
@@ -111,10 +113,15 @@ class Trainer:
         quiet: bool = False,
         ema: tuple[float, int] | None = None,
         stop: EarlyStop | None = None,
+        twin: nn.Module | None = None,
     ) -> None:
         self.accelerator, self.schedule, self.duration = accelerator, schedule, duration
         self.make_loader, self.skips = make_loader, skips
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if is_sharded(model):  # it averages gradients itself
+            self.model, self.optimizer = model, accelerator.prepare_optimizer(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.twin = twin
         # A loss may keep something from step to step (a module with buffers): it is on the device and in checkpoints.
         self.loss = loss.to(accelerator.device).train() if isinstance(loss, nn.Module) else None
         self.hold = Hold(self.model, accelerator.unwrap_model(self.model), unfreeze_at or {})
@@ -142,6 +149,7 @@ class Trainer:
         self.quiet = quiet
         self.step = 0  # optimizer steps done: the whole position in the data
         self.seconds = 0.0  # training time, validation and saving left out
+        self.final: Any = None  # behind `fit`, on the main process: the model with all its weights
         self._validation_due = False  # behind this step, and not done yet
         self._saved_step = 0  # of the newest snapshot; the saver's is that of the newest on the disk
         self.skipped = self._skipped_in_a_row = 0  # steps whose gradients were not finite
@@ -227,6 +235,7 @@ class Trainer:
                     started = time.perf_counter()
         progress.close()
         self._finish_saving()
+        self.final = self._whole()
         return share >= 1.0 or self.stopped_early
 
     @property
@@ -236,11 +245,10 @@ class Trainer:
 
     def take_final_weights(self) -> FinalModel:
         """Put the weights that the run ends with into the model of the main process, see there; behind `fit`."""
-        two_tower = self.accelerator.unwrap_model(self.model)
         watched = None if self.stop is None else self.stop.metric
         best = self.saver.best if self.stopped_early and self.keep_best == watched else None
         reason = self.stop.reason if self.stop is not None and self.stopped_early else None
-        return take_final_weights(two_tower, self.average, self.step, self.saver.folder, best=best, reason=reason)
+        return take_final_weights(self.final, self.average, self.step, self.saver.folder, best=best, reason=reason)
 
     def _is_time_to_validate(self, before: tuple[int, float, float], now: tuple[int, float, float]) -> bool:
         return bool(self.validate and self.validate_every and self.validate_every.due(before, now))
@@ -329,22 +337,23 @@ class Trainer:
 
     def _probe(self, before: tuple[int, float, float], place: tuple[int, float, float]) -> dict[str, float]:
         """The probe where it is due. Other processes, which have none, go on and wait at the next collective."""
-        if self.probe is None or self.probe_every is None or not self.probe_every.due(before, place):
+        if self.probe_every is None or not self.probe_every.due(before, place):
             return {}
         with self.clock.within("validation"):
-            return self.probe(self.train_step.two_tower)
+            whole = self._whole()
+            return {} if self.probe is None else self.probe(whole)
 
     def _validate(self, tracker: Tracker, progress: Progress) -> None:
         assert self.validate is not None
+        whole = self._whole()
         better, fault, watched = False, None, math.nan
         if self.accelerator.is_main_process:
             # Validation must not move the random streams: resuming behind it would give other weights.
             own = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
             averaged = nullcontext() if self.average is None else self.average.applied()
             with torch.random.fork_rng(devices=own), averaged:
-                two_tower: Any = self.accelerator.unwrap_model(self.model)
-                values = self.validate(two_tower)
-                two_tower.train()
+                values = self.validate(whole)
+                whole.train()
             tracker.log(self.step, {f"validation/{key}": value for key, value in values.items()})
             progress.write(
                 f"validation at step {self.step}: " + " · ".join(f"{key} {value:.1%}" for key, value in values.items())
@@ -375,7 +384,7 @@ class Trainer:
     def _save(self) -> None:
         """Begin to save; `_finish_saving` waits for the end."""
         # Finite gradients do not vouch for the step they led to. Ranks hold the same weights, so they decide alike.
-        weights_finite = all(bool(value.isfinite().all()) for value in self.model.parameters())
+        weights_finite = finite_everywhere(self.model.parameters())
         # a mask may hold infinities
         if not weights_finite or any(bool(value.isnan().any()) for value in self.model.buffers()):
             raise NonFinite(
@@ -416,6 +425,17 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             set_aside(self.saver.folder, beyond=self.step)
+
+    def _whole(self) -> Any:
+        """The model with all its weights, on the main process; all of them call it."""
+        two_tower: Any = self.accelerator.unwrap_model(self.model)
+        if not is_sharded(self.model):
+            return two_tower
+        if self.twin is None:
+            drain(two_tower)
+            return two_tower
+        fill(self.twin, two_tower)
+        return self.twin
 
     @contextmanager
     def _watchdog(self) -> Iterator[Watchdog]:

@@ -1,0 +1,118 @@
+"""Weights in shares (FSDP2) train as whole ones do: losses, checkpoints, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from contrastive.build import build_accelerator, build_data, build_model, build_trainer
+from contrastive.config import load_config
+from contrastive.errors import UserError
+from contrastive.pretrain import pretrain
+from tests.distributed.spawn import run_ranks
+from tests.tiny import tiny_config, write_corpus, write_recipe
+
+SMOOTH = ["model.image.kwargs.proj_drop_rate=0.0", "model.text.dropout=0.0"]
+SHARDED = ["train.sharding=fsdp"]
+WAYS = {
+    "infonce, tiled": ["loss={kind: infonce, tile: 4}"],
+    "infonce, cached": ["train.chunk=2"],
+    "siglip": ["loss={kind: siglip}", "model.logit_bias=-5", "model.logit_scale.init=10"],
+    "siglip, cached, recomputed": [
+        "loss={kind: siglip, tile: 3}", "model.logit_bias=-5", "train.chunk=4", "train.gradient_checkpointing=true",
+    ],
+    "one tower locked": ["model.image.locked=true"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def train(
+    rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str], resume: bool = False
+) -> list[float]:
+    config = tiny_config(corpus, run_dir / "run", *SMOOTH, *overrides)
+    pretrain(config, quiet=True, resume=resume)
+    rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_thirty_steps_in_shares_are_those_of_whole_weights_and_of_one_process(corpus, tmp_path, way):
+    overrides = [*WAYS[way], "train.steps=30", "eval.every=10", "optim.clip=0.5"]
+    one = run_ranks(1, train, corpus, tmp_path / "one", overrides)[0]
+    whole = run_ranks(2, train, corpus, tmp_path / "whole", overrides)[0]
+    shares = run_ranks(2, train, corpus, tmp_path / "shares", [*overrides, *SHARDED])[0]
+    assert len(one) == 30 and one[-1] < 0.95 * one[0]  # a curve that does not move would agree with anything
+    assert whole == pytest.approx(one, rel=1e-4)
+    assert shares == pytest.approx(one, rel=1e-4)
+    # the validation and the model that is kept have whole weights
+    models = [load_file(tmp_path / way / "run" / "model" / "model.safetensors") for way in ("one", "shares")]
+    assert models[0].keys() == models[1].keys()
+    for key, value in models[0].items():
+        torch.testing.assert_close(models[1][key], value, rtol=1e-2, atol=1e-3, msg=key)
+
+
+def test_a_run_goes_from_shares_to_whole_weights_and_back(corpus, tmp_path):
+    straight = run_ranks(1, train, corpus, tmp_path / "straight", ["train.steps=12", "checkpoint.every=4"])[0]
+    place = tmp_path / "moved"
+    steps = ["train.steps=12", "checkpoint.every=4", "optim.warmup=1", "optim.schedule=constant"]
+    straight = run_ranks(1, train, corpus, tmp_path / "straight2", steps)[0]
+    run_ranks(2, until, corpus, place, [*steps, *SHARDED], 4, False)
+    run_ranks(1, until, corpus, place, steps, 8, True)
+    moved = run_ranks(2, train, corpus, place, [*steps, *SHARDED], True)[0]
+    assert moved == pytest.approx(straight, rel=1e-4)
+
+
+def until(rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str], step: int, resume: bool) -> None:
+    config = tiny_config(corpus, run_dir / "run", *SMOOTH, *overrides)
+    pretrain(config, quiet=True, resume=resume, stop_after=step)
+
+
+def sizes(rank: int, world: int, corpus: Path, run_dir: Path) -> tuple[int, int, int]:
+    """Numbers of the model, of this process's weights, and of its moments."""
+    config = tiny_config(corpus, run_dir / f"rank-{rank}" / "run", *SMOOTH, *SHARDED, "model.tokenizer.kind=open_clip")
+    config = config.model_copy()
+    accelerator = build_accelerator(config)
+    trainer = build_trainer(config, accelerator, build_model(config), build_data(config), quiet=True)
+    trainer.train_step(next(iter(trainer.make_loader(0, trainer.curriculum.last))), 1.0)
+
+    def own(value: torch.Tensor) -> int:
+        return value.to_local().numel() if hasattr(value, "to_local") else value.numel()
+
+    weights = list(trainer.model.parameters())
+    moments = [state["exp_avg"] for state in trainer.optimizer.state.values()]
+    return sum(w.numel() for w in weights), sum(map(own, weights)), sum(map(own, moments))
+
+
+def test_a_process_keeps_its_share_of_weights_and_moments(corpus, tmp_path):
+    (all_of_it, first, moments), (_, second, _) = run_ranks(2, sizes, corpus, tmp_path)
+    # rows are shared out: a bias of one row more on the first; the scale is whole on both
+    assert first + second == pytest.approx(all_of_it, abs=4)
+    assert first == pytest.approx(all_of_it / 2, rel=0.05) and moments == first
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optim.ema={}", "track.mfu=true", "train.precision=fp16", "model.text.unfreeze_at=3", "model.image.lora={}"],
+)
+def test_what_does_not_go_with_shares_is_refused_by_name(corpus, tmp_path, override):
+    with pytest.raises(UserError, match=override.partition("=")[0] + ".*train.sharding"):
+        load_config(write_recipe(corpus, tmp_path / "r.yaml"), [*SHARDED, override])
+
+
+def refused(rank: int, world: int, corpus: Path, run_dir: Path) -> str:
+    try:
+        train(rank, world, corpus, run_dir, [*SHARDED, "model.image.name=resnet18", "model.image.kwargs={}"])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_batch_normalisation_is_refused(corpus, tmp_path):
+    for message in run_ranks(2, refused, corpus, tmp_path):
+        assert "train.sharding: fsdp does not go with image" in message and "BatchNorm" in message
