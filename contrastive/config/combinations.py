@@ -67,6 +67,9 @@ def _tuning(config: Config) -> Iterator[Problem]:
     """What else is said of a tower that is locked."""
     for name in ("image", "text"):
         tower, where = getattr(config.model, name), f"model.{name}"
+        if tower.unfreeze_at is not None and config.optim.ema is not None:
+            line = f"optim.ema: averages what learns from the start, and {where}.unfreeze_at lets a tower learn later; "
+            yield ("optim.ema", f"{where}.unfreeze_at"), line + "leave one of them out"
         if not tower.locked:
             continue
         if tower.lora is not None:

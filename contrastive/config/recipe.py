@@ -314,7 +314,7 @@ class TrainConfig(Block):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 where supported")
     sharding: Literal["none", "fsdp"] = Field(
         "none",
-        description="fsdp: a process keeps its share of weights, gradients and moments (FSDP2); none: all of them (DDP)",
+        description="fsdp: a process keeps a share of weights, gradients and moments (FSDP2); none: all of them (DDP)",
     )
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
     channels_last: bool = Field(True, description="memory layout of the image tower")
