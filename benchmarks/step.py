@@ -72,7 +72,7 @@ def measure(rounds: int, block: int, folder: Path) -> dict[str, Any]:
         return Driven(build_trainer(own, accelerator, model, data, validation_index=index, quiet=True), batch)
 
     real = driven("trainer")
-    loader = real.trainer.make_loader(0).loader
+    loader = real.trainer.make_loader(0, real.trainer.curriculum.last).loader
     batch = loader._items[0]
     resident = driven("resident", batch)
     bare, alone = (
@@ -167,8 +167,9 @@ class Driven:
         self.requests: list[float] = []
         self.seconds: dict[str, list[float]] = {name: [] for name in ("data", "agree", "clip", "log", "save")}
         self.of_phases: dict[str, list[float]] = {}
+        self.shown = 0  # the step of the latest log line
         make, step = trainer.make_loader, trainer.train_step
-        trainer.make_loader = lambda start: _Noting(make(start), self)
+        trainer.make_loader = lambda start, stage: _Noting(make(start, stage), self)
         trainer._agree = self.noting("agree", trainer._agree)  # type: ignore[method-assign]
         trainer._log = self.noting("log", trainer._log)  # type: ignore[method-assign]
         trainer._save = self.noting("save", trainer._save)  # type: ignore[method-assign]
@@ -196,8 +197,9 @@ class Driven:
 
         def shares() -> dict[str, float]:
             clock._add_up()
+            steps, self.shown = self.trainer.step - self.shown, self.trainer.step
             for phase, seconds in clock._seconds.items():
-                self.of_phases.setdefault(phase, []).append(1e3 * seconds / LOG_EVERY)
+                self.of_phases.setdefault(phase, []).append(1e3 * seconds / steps)
             return plain()
 
         clock.shares = shares  # type: ignore[method-assign]
