@@ -1,6 +1,7 @@
 """What the trainer adds to the bare computation of a step, at the pictograms recipe: its model, batch and precision.
 
-    python benchmarks/step.py             prints tables, writes benchmarks/results/step.json; three minutes
+    python benchmarks/step.py                 prints tables, writes benchmarks/results/step.json; three minutes
+    python benchmarks/step.py --threads 1     on two cores: the loader has one of its own, as beside a GPU
 
 Four ways take turns in one process, in blocks of steps. Medians over all blocks; the first steps of a block do not
 count.
@@ -46,10 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--block", type=int, default=22, help="steps of each way in a round")
+    parser.add_argument("--threads", type=int, help="that compute; default: torch's choice, one a core")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(arguments.rounds, arguments.block, Path(folder))
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(known | {f"{found['threads']} threads": found}, indent=1) + "\n")
     show(found)
 
 

@@ -164,3 +164,29 @@ def test_table_of_plans_beside_steps_is_what_the_benchmark_wrote() -> None:
         for row in results("plan")["rows"]
     ]  # fmt: skip
     assert table_after("planning.md", "case | quantity") == expected
+
+
+def test_table_of_the_steps_cost_is_what_the_benchmark_wrote() -> None:
+    expected = [
+        [found["threads"], name, f"{taken:.1f}", f"{taken / found['milliseconds']['bare']:.3f}"]
+        for _, found in sorted(results("step").items())
+        for name, taken in found["milliseconds"].items()
+    ]
+    assert table_after("training-time.md", "threads | way") == [[str(cell) for cell in row] for row in expected]
+
+
+def test_table_of_the_probes_sweeps_is_what_the_benchmark_wrote() -> None:
+    def times(row: dict, kind: str) -> str:
+        return ("at least " if row.get(f"{kind}_is_a_lower_bound") else "") + f"{row[f'{kind}_ratio']:.1f}"
+
+    expected = [
+        [
+            row["set"], f"{row['samples']:,} x {row['width']:,}, {row['classes']} classes",
+            f"{row['sweep']}, {row['strengths']}", f"{row['seconds']:.1f}", f"{row['largest_gap']:.0e}",
+            times(row, "same"), times(row, "default"), times(row, "warm"),
+            f"{row['iterations_with']:,} / {row['iterations_without']:,}",
+            f"{row['gemm_share']:.0%}".replace("%", " %"),
+        ]
+        for row in results("probe")["rows"]
+    ]  # fmt: skip
+    assert table_after("probing.md", "set | size") == expected

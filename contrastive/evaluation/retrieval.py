@@ -30,7 +30,9 @@ KS = (1, 5, 10)
 ROWS, COLUMNS = 512, 1024  # of a tile: 2 MB, and as much again for what is counted, stay in the cache
 BAND = 128  # rows whose right answers are looked for together
 EQUAL = 1e-6
-LARGEST = 10_000_000  # candidates that are all compared: beyond, an approximate index is the better tool
+LARGEST = 10_000_000  # candidates that `best_hits` compares with all queries: beyond, it takes an approximate index
+CELLS = 4  # times the root of the number of candidates: cells of that index, as faiss's guidelines have it
+PROBED = 16  # one cell in so many is looked through
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def rank_both(
         if len(features) > LARGEST:
             raise UserError(
                 f"retrieval: {len(features):,} rows; exact ranks are counted up to {LARGEST:,}: use a part of them, or "
-                "an approximate index such as faiss (pip install faiss-cpu) on the embeddings"
+                "`best_hits`, which takes an approximate index there"
             )
     # Sorted by id, right answers lie beside each other: only a narrow band of the matrix has to be looked at for them.
     query, query_ids, query_order = _sorted(query, query_ids_Q)
@@ -189,9 +191,15 @@ def hubness(query_QD: ArrayLike, candidate_ND: ArrayLike, k: int = 10) -> dict[s
 
 
 def best_hits(query_QD: ArrayLike, candidate_ND: ArrayLike, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Indices and scores of the k best candidates of each query, best first: two (Q, min(k, N))."""
+    """Indices and scores of the k best candidates of each query, best first: two (Q, min(k, N)).
+
+    Beyond `LARGEST` candidates they come from an approximate index (the extra `faiss`), which misses a few. Ranks and
+    recalls (`rank_both`) are counted over all candidates, up to that many.
+    """
     query, candidate = (torch.as_tensor(rows).float() for rows in (query_QD, candidate_ND))
     k = min(k, len(candidate))
+    if len(candidate) > LARGEST:
+        return _indexed_hits(query.numpy(), candidate.numpy(), k)
     indices = torch.zeros(len(query), k, dtype=torch.int64)
     values = torch.full((len(query), k), -torch.inf)
     width = max(COLUMNS, k)
@@ -205,6 +213,27 @@ def best_hits(query_QD: ArrayLike, candidate_ND: ArrayLike, k: int) -> tuple[NDA
             indices[rows] = torch.cat([indices[rows], top.indices + column], dim=1).gather(1, kept.indices)
             values[rows] = kept.values
     return indices.numpy(), values.numpy()
+
+
+def _indexed_hits(
+    query_QD: NDArray[np.float32], candidate_ND: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """As `best_hits`, among the candidates of the cells that lie nearest (an inverted file: Jégou et al. 2011)."""
+    try:
+        import faiss
+    except ImportError:
+        raise UserError(
+            f"retrieval: {len(candidate_ND):,} candidates want an approximate index; pip install 'contrastive[faiss]'"
+        ) from None
+    count, width = candidate_ND.shape
+    cells = max(1, min(int(CELLS * count**0.5), count // 40))  # faiss wants forty to train a cell with
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)
+    sample = np.random.default_rng(0).choice(count, min(count, 64 * cells), replace=False)
+    index.train(np.ascontiguousarray(candidate_ND[np.sort(sample)]))
+    index.add(np.ascontiguousarray(candidate_ND))
+    index.nprobe = max(1, cells // PROBED)
+    scores, hits = index.search(np.ascontiguousarray(query_QD), k)
+    return hits.astype(np.int64), scores
 
 
 def _sorted(rows: Tensor, ids: ArrayLike) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -142,3 +144,29 @@ def test_chance_is_one_when_all_candidates_are_shown():
 def test_best_hits_are_sorted():
     index, score = best_hits(np.array([[1.0, 0.0]], np.float32), np.array([[0, 1], [2, 0], [1, 0]], np.float32), 2)
     assert index.tolist() == [[1, 2]] and score.tolist() == [[2.0, 1.0]]
+
+
+def test_very_many_candidates_are_looked_through_by_an_index(monkeypatch):
+    pytest.importorskip("faiss")
+    random = np.random.default_rng(0)
+    centres = random.normal(size=(50, 16))
+    candidate = centres[random.integers(50, size=5000)] + 0.3 * random.normal(size=(5000, 16))
+    candidate = (candidate / np.linalg.norm(candidate, axis=1, keepdims=True)).astype(np.float32)
+    query = candidate[::100] + 0.01 * random.normal(size=(50, 16)).astype(np.float32)
+    exact, scores = best_hits(query, candidate, 10)
+    monkeypatch.setattr(retrieval, "LARGEST", 1000)
+    searched = []
+    faiss_search = retrieval._indexed_hits
+    monkeypatch.setattr(retrieval, "_indexed_hits", lambda *a: searched.append(1) or faiss_search(*a))
+    found, found_scores = best_hits(query, candidate, 10)
+    assert searched and found.shape == (50, 10)
+    overlap = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact.tolist(), found.tolist(), strict=True)])
+    assert overlap > 0.95
+    np.testing.assert_allclose(found_scores[:, 0], scores[:, 0], rtol=1e-5)
+
+
+def test_without_the_index_very_many_candidates_name_the_extra(monkeypatch):
+    monkeypatch.setattr(retrieval, "LARGEST", 1)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match="contrastive.faiss"):
+        best_hits(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), 1)
