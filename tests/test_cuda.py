@@ -154,18 +154,18 @@ def test_the_clock_makes_no_step_wait_for_the_device(corpus: Path, tmp_path: Pat
     """torch tells of every call that waits; a run whose clock does nothing has as many."""
     import warnings
 
-    from contrastive.training import trainer
     from contrastive.training.clock import PHASES, Clock
+    from contrastive.training.curriculum import StagedBatches
 
     def waits(name: str) -> list[int]:
         counts: list[int] = []
-        plain = trainer._fetch
+        plain = StagedBatches.fetch
 
-        def fetch(batches):
+        def fetch(*place):
             counts.append(len(caught))
-            return plain(batches)
+            return plain(*place)
 
-        monkeypatch.setattr(trainer, "_fetch", fetch)
+        monkeypatch.setattr(StagedBatches, "fetch", fetch)
         config = tiny_config(
             corpus, tmp_path / name / "run", "train.steps=10", "track.log_every=10", "track.probe=null"
         )
@@ -176,7 +176,7 @@ def test_the_clock_makes_no_step_wait_for_the_device(corpus: Path, tmp_path: Pat
                 pretrain(config, quiet=True, stop_after=9)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            monkeypatch.setattr(trainer, "_fetch", plain)
+            monkeypatch.setattr(StagedBatches, "fetch", plain)
         return [after - before for before, after in zip(counts, counts[1:], strict=False)]
 
     found = waits("with")

@@ -17,12 +17,13 @@ from contrastive.pretrain import pretrain
 from contrastive.training import clock as clock_module
 from contrastive.training import read_metrics, trainer
 from contrastive.training.clock import KEPT, PHASES, Clock, time_averaging
+from contrastive.training.curriculum import StagedBatches
 from contrastive.training.step import TrainStep
 from contrastive.training.trainer import Trainer
 from tests.distributed.spawn import run_ranks
 
 CPU = torch.device("cpu")
-LATE = 0.3  # seconds, far above what a tiny step takes
+LATE = 1.0  # seconds, far above what a tiny step takes, on a busy machine too
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_a_part_of_the_step_that_is_slow_has_the_time(make_config, monkeypatch, 
 @pytest.mark.parametrize(
     "phase, where, name",
     [
-        ("data", trainer, "_fetch"),
+        ("data", StagedBatches, "fetch"),
         ("saving", Trainer, "_save"),
         ("validation", Trainer, "_validate"),
         ("other", trainer.Progress, "update"),
@@ -158,20 +159,20 @@ class Waits(TorchDispatchMode):
 def test_a_step_that_is_not_logged_reads_two_values_of_the_device(make_config, monkeypatch):
     """On a CPU the reads of a step can be seen. Those of values that the host itself made are known by name."""
     steps: list[list[str]] = []
-    plain, fetch = TrainStep.__call__, trainer._fetch
+    plain, fetch = TrainStep.__call__, StagedBatches.fetch
     waits = Waits()
 
     def step(self, batch, factor):
         self.loss = lambda *a, **k: infonce(*a, **k, check=False)  # as on an accelerator
         return plain(self, batch, factor)
 
-    def next_step(batches):
+    def next_step(*place):
         steps.append(list(waits.readers))
         waits.readers.clear()
-        return fetch(batches)
+        return fetch(*place)
 
     monkeypatch.setattr(TrainStep, "__call__", step)
-    monkeypatch.setattr(trainer, "_fetch", next_step)
+    monkeypatch.setattr(StagedBatches, "fetch", next_step)
     config = make_config("train.steps=10", "track.log_every=10", "track.probe=null", "checkpoint.every=100")
     with waits:
         pretrain(config, quiet=True, stop_after=9)
@@ -236,7 +237,7 @@ def run_with_a_late_loader(rank: int, world: int, corpus: Path, run_dir: Path) -
     from tests.tiny import tiny_config
 
     if rank == 1:
-        trainer._fetch = late(trainer._fetch)
+        StagedBatches.fetch = late(StagedBatches.fetch)
     pretrain(tiny_config(corpus, run_dir / "run", "train.steps=3", "eval.report=false"), quiet=True)
 
 
@@ -245,6 +246,6 @@ def test_shares_are_means_over_processes(corpus, tmp_path):
     run_ranks(2, run_with_a_late_loader, corpus, tmp_path, timeout=120)
     found = read_metrics(tmp_path / "run" / "metrics.jsonl")
     for row in [row for row in found if "train/time_data" in row][1:]:
-        assert row["train/time_data"] == pytest.approx(0.5, abs=0.15)
-        assert row["train/time_communication"] == pytest.approx(0.5, abs=0.15)
+        assert row["train/time_data"] == pytest.approx(0.5, abs=0.25)
+        assert row["train/time_communication"] == pytest.approx(0.5, abs=0.25)
         assert sum(row[f"train/time_{phase}"] for phase in PHASES) == pytest.approx(1.0)
