@@ -30,7 +30,7 @@ from contrastive.build import (
     check_batch,
     wants_training,
 )
-from contrastive.build_stages import build_curriculum
+from contrastive.builders.stages import build_curriculum
 from contrastive.config import Config, CustomLossConfig, DistillationConfig, dump_yaml, terms_of
 from contrastive.errors import UserError
 from contrastive.evaluation import (

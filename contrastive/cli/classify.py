@@ -62,11 +62,12 @@ def run(args: argparse.Namespace) -> int:
         )
     model, classifier = _opened(args)
     _fit(args, model, classifier)
-    if args.multilabel:
-        classifier.label_thresholds()  # an error before the images are read, if there is none
+    if args.multilabel and classifier.thresholds_ is None and classifier.bias is None:
+        raise UserError("--multilabel: there are no thresholds yet; give labelled images with --validation DATA")
     classifier.level_names(args.level)
     if args.reject and classifier.rejection_ is None:
         raise UserError("--reject: there is no threshold yet; give labelled images with --validation DATA")
+    classifier.inverted = args.invert
     found = embed(model, one_source(args.images), text=False, invert=args.invert)
     if args.save:
         classifier.save(args.save, model_path=_place(args.model))
@@ -96,7 +97,11 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any]:
         if args.parents is not None:
             raise UserError("--parents: a classifier file has its own; leave it out, or give --labels")
         model = load(args.model, text=False)
-        return model, load_classifier(args.classifier, model)
+        classifier = load_classifier(args.classifier, model)
+        if classifier.inverted and not args.invert:
+            print(f"{args.classifier} was set on inverted images: these are inverted too", file=sys.stderr)
+            args.invert = True
+        return model, classifier
     labels = read_labels(args.labels, args.labels_file)
     model = load(args.model)
     parents = None if args.parents is None else read_parents(args.parents)
@@ -117,6 +122,8 @@ def _fit(args: argparse.Namespace, model: Any, classifier: Any) -> None:
             raise UserError("--unknown: the threshold needs images that have a label too; give --validation DATA")
         return
     found = embed(model, open_labelled(args.validation), text=False, invert=args.invert)
+    for key, reason in found.failures.items():
+        print(f"--validation: {key}: {reason}", file=sys.stderr)
     if found.labels is None:
         raise UserError(f"--validation {args.validation}: some images have no label; give every image one")
     if args.multilabel:

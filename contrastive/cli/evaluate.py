@@ -51,6 +51,10 @@ def run(args: argparse.Namespace) -> int:
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise UserError(f"--tasks: unknown: {', '.join(unknown)}; use {', '.join(TASKS)}")
+    if args.templates is not None and args.templates.endswith(".json"):
+        raise UserError(
+            f"--templates {args.templates}: prompts by label go with `classify`; give templates, one a line"
+        )
     need = [task for task in tasks if task in ("probe", "fewshot", "knn")]
     if need and args.train is None:
         raise UserError(f"--tasks {','.join(need)} needs labelled training images beside the test set: --train DATA")

@@ -23,7 +23,7 @@ def reader_warnings(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 "the optimum may lie beyond it"
             )
         shots = found.get("shots", ())
-        if "fewshot" in found and max(shots, default=0) < USUAL_SHOTS:
+        if "fewshot" in found and not found.get("shots_asked") and max(shots, default=0) < USUAL_SHOTS:
             lines.append(f"{name}: few shots end at {max(shots, default=0)}: the smallest class has no more images")
         unread = sum(found.get("rejected", {}).values())
         if unread:
@@ -34,6 +34,9 @@ def reader_warnings(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 f"{name}: {twins:,} of {found['samples']:,} test images look like training images; see the accuracy "
                 "without them"
             )
+        order = found.get("composition", {}).get("model", {})
+        if order and order["value"] == 0 and order["optimistic"] == 1:
+            lines.append(f"{name}: the text tower gives a caption and its swap one embedding: order is lost on it")
         blind = found.get("composition", {}).get("blind", {}).get("value", 0.0)
         if blind > GIVEN_AWAY:
             lines.append(f"{name}: {blind:.0%} of the swapped captions are told apart without looking at the image")

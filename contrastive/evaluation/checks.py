@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from contrastive.errors import UserError
 
@@ -22,13 +22,25 @@ def check_finite(name: str, keys: Sequence[str], rows_ND: NDArray[np.floating]) 
         )
 
 
+def check_class_numbers(target: ArrayLike, where: str) -> NDArray[np.int64]:
+    """The target as numbers of classes. Raises `UserError` for texts, which `np.unique` numbers."""
+    found = np.asarray(target)
+    if not np.issubdtype(found.dtype, np.integer) and not np.issubdtype(found.dtype, np.bool_):
+        raise UserError(
+            f"{where}: labels are {found.dtype.name}, not numbers of classes; give "
+            "np.unique(labels, return_inverse=True)[1], or their places in the list of labels"
+        )
+    return found.astype(np.int64)
+
+
 def check_known(name: str, found: NDArray[np.str_], names: Sequence[str]) -> None:
     """Zero-shot: raises `UserError` for a label of the set that is not among those given."""
     missing = sorted(set(found) - set(names))
     if missing:
         close = difflib.get_close_matches(missing[0], names, n=1)
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         hint = f"; did you mean '{missing[0]}' by '{close[0]}'?" if close else ""
-        raise UserError(f"{name}: labels that are not among those given: {', '.join(missing[:5])}{hint}")
+        raise UserError(f"{name}: labels that are not among those given: {', '.join(missing[:5])}{more}{hint}")
 
 
 def check_trained(

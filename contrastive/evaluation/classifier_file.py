@@ -32,6 +32,7 @@ def save_classifier(classifier: ZeroShotClassifier, path: str | Path, *, model_p
         "templates": own if own is not None else list(read_templates(classifier.templates)),  # type: ignore[arg-type]
         "aliases": None if classifier.aliases is None else {k: list(v) for k, v in classifier.aliases.items()},
         "parents": None if classifier.parents is None else dict(classifier.parents),
+        "invert": classifier.inverted,
         "temperature": classifier.temperature_,
         "rejection": classifier.rejection_,
         "scale": classifier.scale,
@@ -85,6 +86,7 @@ def load_classifier(path: str | Path, model: Model | str | Path | None = None) -
     )
     classifier._weights, classifier._kept = weights, kept
     classifier.temperature_, classifier.rejection_ = header["temperature"], header["rejection"]
+    classifier.inverted = bool(header.get("invert", False))
     classifier.thresholds_ = tensors.get("thresholds")
     return classifier
 

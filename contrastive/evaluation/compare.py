@@ -75,14 +75,23 @@ def check_same_samples(keys_a: Sequence[str], keys_b: Sequence[str]) -> None:
 
 
 def format_comparison(found: Mapping[str, Mapping[str, Any]], first: str, second: str) -> str:
-    """The comparison as a plain-text table; shares in percent."""
+    """The comparison as a plain-text table; shares in percent, log-likelihoods a sample as they are."""
     lines = [f"a = {first}, b = {second}", f"{'':<36}{'a':>8}{'b':>8}{'b - a':>9}   95 % interval    p"]
     for name, row in found.items():
         change = row["difference"]
         p, test = (row["mcnemar"]["p"], "McNemar") if "mcnemar" in row else (change["p"], "bootstrap")
-        a, b, value, low, high = (100 * x for x in (row["a"], row["b"], change["value"], change["low"], change["high"]))
-        lines.append(f"{name:<36}{a:>8.1f}{b:>8.1f}{value:>+9.1f}   {low:+6.1f} … {high:+6.1f}  {p:.3g} ({test})")
+        unit, digits = scale_of(name)
+        a, b, value, low, high = (
+            unit * x for x in (row["a"], row["b"], *(change[k] for k in ("value", "low", "high")))
+        )
+        numbers = f"{a:>8.{digits}f}{b:>8.{digits}f}{value:>+9.{digits}f}   {low:+6.{digits}f} … {high:+6.{digits}f}"
+        lines.append(f"{name:<36}{numbers}  {p:.3g} ({test})")
     return "\n".join(lines)
+
+
+def scale_of(measure: str) -> tuple[int, int]:
+    """What a measure is multiplied by to be shown, and its decimals: shares in percent, a log-likelihood as it is."""
+    return (1, 3) if measure.endswith("log-likelihood") else (100, 1)
 
 
 def _same(a_N: ArrayLike, b_N: ArrayLike, kind: Any) -> tuple[NDArray[Any], NDArray[Any]]:

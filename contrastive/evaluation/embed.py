@@ -81,7 +81,7 @@ class Extracted:
 
 
 def embed(
-    model: Model,
+    model: Model | str | PathLike[str],
     source: Images,
     *,
     batch_size: int = 256,
@@ -97,6 +97,7 @@ def embed(
     """Embed the images of a source, and their captions.
 
     Args:
+        model: or where it is, as `contrastive.load` takes it.
         source: anything that `contrastive.shards.open_source` takes, a `Source`, a `ShardIndex`, or a list of
             PIL images and paths.
         features: "projected" (normalised, comparable with texts), "tower" (before the projection, for
@@ -114,6 +115,10 @@ def embed(
     Raises:
         UserError: the source is wrong or empty, none of its images can be read, or more than `max_unreadable`.
     """
+    if isinstance(model, str | PathLike):
+        from contrastive.models import load
+
+        model = load(str(model))
     if features not in ("projected", "tower", "both"):
         raise UserError(f"features: '{features}' is unknown; use projected, tower or both")
     if cache is not None:

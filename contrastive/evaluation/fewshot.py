@@ -15,6 +15,7 @@ from scipy.special import log_softmax
 from scipy.stats import t as student
 
 from contrastive.errors import UserError
+from contrastive.evaluation.checks import check_class_numbers
 from contrastive.evaluation.estimator import check_features
 from contrastive.evaluation.metrics import share
 from contrastive.evaluation.softmax import SoftmaxRegression
@@ -67,7 +68,7 @@ def few_shot(
         UserError: a class with fewer training images than shots, targets without a text, fewer than two seeds.
     """
     train, test = _normalised(train_ND, "train"), _normalised(test_MD, "test")
-    train_target, test_target = np.asarray(train_target_N), np.asarray(test_target_M)
+    train_target, test_target = (check_class_numbers(y, "few_shot") for y in (train_target_N, test_target_M))
     text = None if text_DK is None else _normalised(np.asarray(text_DK).T, "text").T
     classes = text.shape[1] if text is not None else int(train_target.max()) + 1
     _check(train, train_target, test, test_target, text, classes, shots, seeds)

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from contrastive.errors import UserError
+from contrastive.evaluation.checks import check_class_numbers
 from contrastive.evaluation.estimator import check_features
 from contrastive.evaluation.metrics import share
 
@@ -136,7 +137,7 @@ def _normalised(features: ArrayLike, name: str) -> Tensor:
 
 
 def _targets(target: ArrayLike, features: ArrayLike, name: str) -> Tensor:
-    numbers: NDArray[np.int64] = np.asarray(target).astype(np.int64)
+    numbers = check_class_numbers(target, f"knn: {name}")
     if numbers.ndim != 1 or len(numbers) != len(features):  # type: ignore[arg-type]
         raise UserError(
             f"knn: {name}: {len(features)} feature rows "  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from contrastive.evaluation.compare import scale_of
 from contrastive.evaluation.examples import Case, Examples, Hits
 from contrastive.evaluation.figures import Map, training_curves
 from contrastive.evaluation.page import details, figure, percent, picture, section, table, write_page
@@ -76,8 +77,12 @@ def _section_of_comparison(results: Mapping[str, Any]) -> str:
         for measure, row in found["measures"].items():
             change = row["difference"]
             p = row["mcnemar"]["p"] if "mcnemar" in row else change["p"]
-            interval = f"{100 * change['value']:+.1f}  ({100 * change['low']:+.1f} – {100 * change['high']:+.1f})"
-            rows.append([measure, f"{100 * row['a']:.1f}", f"{100 * row['b']:.1f}", interval, f"{p:.2g}"])
+            unit, digits = scale_of(measure)
+            a, b, value, low, high = (
+                f"{unit * x:{sign}.{digits}f}"
+                for x, sign in ((row["a"], ""), (row["b"], ""), *((change[k], "+") for k in ("value", "low", "high")))
+            )
+            rows.append([measure, a, b, f"{value}  ({low} – {high})", f"{p:.2g}"])
         note = (
             f"a = {found['a']}, b = {found['b']}; 95 % intervals of paired resamples; p: McNemar's exact test where an "
         )

@@ -113,7 +113,7 @@ def embed_stored(
     text_files = _texts(model, folder, texts, features, batch_size, dtype)
     wait_for_ranks()
     of_image = {kind: _rows(folder / f"{kind}.npy", read) for kind in _kinds(folder, features)}
-    of_text = {kind: np.load(file, mmap_mode="c") for kind, file in text_files.items()}
+    of_text = {kind: _mapped(file) for kind, file in text_files.items()}
     if rank_and_world()[0] == 0:
         summary = {
             **identity,
@@ -193,8 +193,17 @@ def _rows(file: Path, read_N: NDArray[np.bool_]) -> NDArray[Any]:
 
     Copy-on-write ("c"): torch takes the memory without a warning, and nothing that is written reaches the file.
     """
-    rows: NDArray[Any] = np.load(file, mmap_mode="c")
+    rows = _mapped(file)
     return rows if read_N.all() else rows[read_N]
+
+
+def _mapped(file: Path) -> NDArray[Any]:
+    """Raises UserError for a file that was cut off or written over: what its parts say of it is not true any more."""
+    try:
+        rows: NDArray[Any] = np.load(file, mmap_mode="c")
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"cache: {file} is damaged; delete {file.parent} to have it made again") from None
+    return rows
 
 
 def write_rows(file: Path, total: int, start: int, rows: NDArray[Any]) -> None:

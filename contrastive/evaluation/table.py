@@ -46,7 +46,9 @@ def _pair_rows(found: dict[str, Any]) -> Iterator[Row]:
         yield _row(part, f"zero-shot, top-{name[3:]}", entry)
     for name, title in (("model", "order of words"), ("blind", "  the same without the image")):
         if "composition" in found:
-            yield _row(part, f"{title}, {found['composition']['pairs']:,} captions", found["composition"][name])
+            measured = found["composition"][name]
+            tie = ", all of them ties" if measured["value"] == 0 and measured["optimistic"] == 1 else ""
+            yield _row(part, f"{title}, {found['composition']['pairs']:,} captions{tie}", measured)
 
 
 def _retrieval_rows(part: str, found: dict[str, Any]) -> Iterator[Row]:

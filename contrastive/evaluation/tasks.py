@@ -279,6 +279,7 @@ def evaluate_labelled(
         if need:
             check_trained(name, train, train_labels, test_labels)
         if "fewshot" in tasks:
+            results["shots_asked"] = shots is not None
             results["shots"] = possible_shots(name, train_labels, shots, SHOTS)
     controls: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
     if "probe" in tasks:

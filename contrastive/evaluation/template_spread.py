@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from contrastive.evaluation.checks import check_class_numbers
 from contrastive.evaluation.labels import check_labels
 from contrastive.evaluation.metrics import share
 from contrastive.evaluation.prompts import Aliases, class_prompts, embed_prompts, label_weights, normalise
@@ -45,7 +46,7 @@ def template_spread(
         "templates" is in the order of the accuracy. To choose the best of them here would be tuning on the test.
     """
     wordings, names = read_templates(templates), check_labels(labels)
-    target_N = np.asarray(target_N)
+    target_N = check_class_numbers(target_N, "template_spread")
 
     def weights(wording: str) -> NDArray[np.float32]:
         """One label a row, the mean over its aliases not yet normalised, so that they add up to the ensemble's."""

@@ -61,6 +61,7 @@ class ZeroShotClassifier:
     temperature_: float = 1.0
     rejection_: float | None = None
     thresholds_: NDArray[np.float64] | None = None
+    inverted: bool = False  # of the images that set them: what a file tells `contrastive classify`
 
     def __init__(
         self,
@@ -294,5 +295,6 @@ class ZeroShotClassifier:
         given = [str(label) for label in np.asarray(y).tolist()]
         strange = sorted(set(given) - set(position))
         if strange:
-            raise UserError(f"labels that are not among the classifier's: {', '.join(strange[:5])}")
+            more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+            raise UserError(f"labels that are not among the classifier's: {', '.join(strange[:5])}{more}")
         return np.asarray([position[label] for label in given], np.int64)

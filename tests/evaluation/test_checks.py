@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from contrastive.errors import UserError
-from contrastive.evaluation import evaluate_labelled, evaluate_pairs
+from contrastive.evaluation import evaluate_labelled, evaluate_pairs, few_shot, knn_sweep, template_spread
 from contrastive.evaluation.cautions import reader_warnings
 from contrastive.evaluation.checks import check_finite, check_known, check_trained, possible_shots
 from tests.evaluation.fake import ColourModel
@@ -80,3 +80,26 @@ def test_a_reader_is_warned_of_a_strength_on_the_border_of_unread_images_and_of_
     assert "few shots end at 2" in shots
     probe["model"]["validation_curve"].append((1000.0, 0.6))
     assert reader_warnings({"set": {"samples": 10, "probe": probe}}) == []
+
+
+def test_shots_that_were_asked_for_are_no_warning():
+    found = {"samples": 10, "fewshot": [], "shots": [1, 2], "shots_asked": True}
+    assert reader_warnings({"set": found}) == []
+
+
+def test_a_tower_that_cannot_tell_orders_apart_is_said():
+    ties = {"model": {"value": 0.0, "optimistic": 1.0}, "blind": {"value": 0.0}}
+    (line,) = reader_warnings({"set": {"samples": 10, "composition": ties}})
+    assert "order is lost" in line
+
+
+@pytest.mark.parametrize("where", ["few_shot", "knn", "template_spread"])
+def test_labels_in_place_of_class_numbers_are_told(where):
+    rows, names = np.eye(4, dtype=np.float32), ["a", "b", "a", "b"]
+    calls = {
+        "few_shot": lambda: few_shot(rows, names, rows, names, None, shots=(1,)),
+        "knn": lambda: knn_sweep(rows, names, rows, names),
+        "template_spread": lambda: template_spread(ColourModel(), rows[:, :3], names, ["a", "b"], "openai7"),
+    }
+    with pytest.raises(UserError, match="numbers of classes; give np.unique"):
+        calls[where]()

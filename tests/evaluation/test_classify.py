@@ -114,6 +114,18 @@ def test_a_level_of_the_hierarchy_is_the_sum_below_it(saved, pairs, tmp_path, ca
         assert row["probability"] == pytest.approx(sum(own), rel=1e-5)
 
 
+def test_a_file_remembers_that_its_images_were_inverted(saved, labelled, pairs, tmp_path, capsys):
+    file, labels = tmp_path / "c.safetensors", ("--labels", ",".join(NAMES))
+    assert command("classify", saved, pairs, *labels, "--invert", "--save", file, "--format", "json") == 0
+    first = rows_of(capsys)
+    assert command("classify", saved, pairs, "--classifier", file, "--format", "json") == 0
+    out, err = capsys.readouterr()
+    assert "inverted" in err
+    np.testing.assert_allclose(
+        [row["probability"] for row in json.loads(out)], [row["probability"] for row in first], rtol=1e-5
+    )
+
+
 def test_lint_is_one_line_a_finding_on_the_error_stream(saved, pairs, capsys):
     assert command("classify", saved, pairs, "--labels", "red,RED,blue", "--format", "json") == 0
     out, err = capsys.readouterr()
@@ -125,7 +137,7 @@ def test_lint_is_one_line_a_finding_on_the_error_stream(saved, pairs, capsys):
     ("options", "message"),
     [
         (("--labels", "red,blue", "--reject"), "--validation"),
-        (("--labels", "red,blue", "--multilabel"), "fit_thresholds"),
+        (("--labels", "red,blue", "--multilabel"), "--validation"),
         (("--labels", "red,blue", "--multilabel", "--reject"), "use one"),
         (("--labels", "red,blue", "--unknown", "x"), "--validation"),
         (("--labels", "red,blue", "--level", "1"), "levels 0 to 0"),

@@ -103,3 +103,12 @@ def test_order_is_scored_beside_a_blind_baseline():
 def test_a_model_that_is_blind_to_order_gets_nothing_and_not_a_half():
     found = pair_scores(np.ones((9, 2)), np.ones((9, 2)), np.ones((9, 2)), blind_D=np.ones(2))
     assert found["model"]["value"] == 0 and found["model"]["optimistic"] == 1
+
+
+def test_a_log_likelihood_is_no_percentage():
+    difference = {"value": 0.5, "low": 0.4, "high": 0.6, "p": 0.01}
+    row = {"a": -2.5, "b": -2.0, "difference": difference}
+    likelihood, share = format_comparison(
+        {"zeroshot/log-likelihood": row, "zeroshot/top1": row}, "x", "y"
+    ).splitlines()[2:]
+    assert "-2.500" in likelihood and "+0.500" in likelihood and "-250.0" in share

@@ -221,3 +221,11 @@ def test_two_ranks_share_the_work_and_find_what_one_finds(pairs, tmp_path):
     Counting.seen = 0
     same(embed(Counting(), pairs, cache=tmp_path / "c", **OPTIONS), expected)
     assert Counting.seen == 0  # one process reads what two have made
+
+
+def test_rows_that_were_cut_off_are_told_with_the_remedy(counting, pairs, tmp_path):
+    embed(counting, pairs, cache=tmp_path / "kept")
+    (file,) = (tmp_path / "kept").rglob("image.npy")
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UserError, match="is damaged; delete"):
+        embed(counting, pairs, cache=tmp_path / "kept")

@@ -1,0 +1,1 @@
+"""The parts of `contrastive.build`, by block of a recipe. Import from there."""
