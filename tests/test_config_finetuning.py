@@ -2,7 +2,7 @@
 
 import pytest
 
-from contrastive.config import FolderModelConfig, LoraConfig, TowerConfig, dump_yaml, load_config
+from contrastive.config import FolderModelConfig, ImageTowerConfig, LoraConfig, TowerConfig, dump_yaml, load_config
 from contrastive.errors import UserError
 
 MINIMAL = "data: {train: shards}\ntrain: {steps: 10}\n"
@@ -30,7 +30,7 @@ def test_the_keys_are_read_and_written(recipe, tmp_path):
     )
     assert config.model == FolderModelConfig(
         path="runs/a",
-        image=TowerConfig(layer_decay=0.75, unfreeze_at="10%"),
+        image=ImageTowerConfig(layer_decay=0.75, unfreeze_at="10%"),
         text=TowerConfig(lora=LoraConfig(rank=4, targets=("qkv",))),
     )
     (tmp_path / "resolved.yaml").write_text(dump_yaml(config))

@@ -112,6 +112,7 @@ def make_plan(config: Config, choices: Choices) -> Plan:
         notes.append("on a CPU the seconds were 1.1 to 3 times too short where they were checked (docs/planning.md)")
     data = _data(config, choices)
     samples = len(data) if data is not None else choices.samples
+    notes += _not_counted(config)
     model = build_model(config, _tokenizer(config, data, notes)).train()
     tokens = _length(model, choices, notes)
     like_cuda = card.name != HERE or torch.accelerator.is_available()
@@ -203,6 +204,22 @@ def _steps(config: Config, data: Mixture | None, choices: Choices, seconds: floa
         return duration.steps
     assert duration.minutes is not None
     return max(1, round(60 * duration.minutes / seconds))
+
+
+def _not_counted(config: Config) -> list[str]:
+    """A line for each key of the recipe that would change the numbers, and does not here."""
+    image, text = config.model.image, config.model.text
+    lines = {
+        "train.sharding fsdp: weights, gradients and moments stand here whole; shares are 1/W of them, and send more": (
+            config.train.sharding != "none"
+        ),
+        "patch_dropout and train.curriculum: every step is taken for one of the own size, with all patches": bool(
+            image.patch_dropout or config.train.curriculum
+        ),
+        "optim.ema: four bytes a weight more, on one process": config.optim.ema is not None,
+        "unfreeze_at: both towers are taken for learning from the start": bool(image.unfreeze_at or text.unfreeze_at),
+    }
+    return [f"not counted: {line}" for line, applies in lines.items() if applies]
 
 
 def _tokenizer(config: Config, data: Mixture | None, notes: list[str]) -> str:

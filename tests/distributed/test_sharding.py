@@ -41,7 +41,10 @@ def train(
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
-@pytest.mark.parametrize("way", WAYS)
+QUICK = ("infonce, cached", "siglip, cached, recomputed")
+
+
+@pytest.mark.parametrize("way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_thirty_steps_in_shares_are_those_of_whole_weights_and_of_one_process(corpus, tmp_path, way):
     overrides = [*WAYS[way], "train.steps=30", "eval.every=10", "optim.clip=0.5"]
     one = run_ranks(1, train, corpus, tmp_path / "one", overrides)[0]
@@ -58,10 +61,9 @@ def test_thirty_steps_in_shares_are_those_of_whole_weights_and_of_one_process(co
 
 
 def test_a_run_goes_from_shares_to_whole_weights_and_back(corpus, tmp_path):
-    straight = run_ranks(1, train, corpus, tmp_path / "straight", ["train.steps=12", "checkpoint.every=4"])[0]
     place = tmp_path / "moved"
     steps = ["train.steps=12", "checkpoint.every=4", "optim.warmup=1", "optim.schedule=constant"]
-    straight = run_ranks(1, train, corpus, tmp_path / "straight2", steps)[0]
+    straight = run_ranks(1, train, corpus, tmp_path / "straight", steps)[0]
     run_ranks(2, until, corpus, place, [*steps, *SHARDED], 4, False)
     run_ranks(1, until, corpus, place, steps, 8, True)
     moved = run_ranks(2, train, corpus, place, [*steps, *SHARDED], True)[0]

@@ -174,3 +174,13 @@ def test_the_random_state_of_a_later_run_is_no_plans_business(corpus: Path) -> N
     first = plan(corpus)
     torch.manual_seed(123)
     assert plan(corpus).memory == first.memory
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.sharding=fsdp", "model.image.patch_dropout=0.5", "optim.ema={}", "model.text.unfreeze_at=3"],
+)
+def test_what_a_plan_does_not_count_is_said(corpus: Path, override: str) -> None:
+    assert not any("not counted" in note for note in plan(corpus).notes)
+    (note,) = [note for note in plan(corpus, override).notes if "not counted" in note]
+    assert override.partition("=")[0].rpartition(".")[2] in note
