@@ -13,8 +13,8 @@ from contrastive.errors import UserError
 from contrastive.training import (
     Duration,
     Every,
+    Point,
     Schedule,
-    Until,
 )
 
 
@@ -46,7 +46,7 @@ def build_every(value: int | str | None, epoch: int, batch: int) -> Every | None
     return Every(steps=max(1, round(number * (epoch if unit == "epoch" else 1) / batch)))
 
 
-def build_unfreezing(config: Config, epoch: int, duration: Duration) -> dict[str, Until]:
+def build_unfreezing(config: Config, epoch: int, duration: Duration) -> dict[str, Point]:
     """Until where each tower is locked, of those that are for a while; an epoch is `epoch` pairs.
 
     Raises:
@@ -62,7 +62,7 @@ def build_unfreezing(config: Config, epoch: int, duration: Duration) -> dict[str
                 f"model.{tower}.unfreeze_at: {choice.unfreeze_at} is step {every.steps} of a run of {duration.steps}; "
                 f"set it lower, or model.{tower}.locked to true"
             )
-        until[tower] = Until(steps=every.steps, share=every.share)
+        until[tower] = Point(steps=every.steps, share=every.share)
     return until
 
 

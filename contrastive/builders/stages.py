@@ -9,8 +9,8 @@ from contrastive.config.spans import SECONDS, period_parts
 from contrastive.errors import UserError
 from contrastive.models import TwoTower
 from contrastive.models.stages import add_patch_dropout, check_contexts, check_sizes
-from contrastive.training import Duration
-from contrastive.training.curriculum import Curriculum, Point, Settings
+from contrastive.training import Duration, Point
+from contrastive.training.curriculum import Curriculum, Settings
 
 
 def prepare_towers(config: Config, model: TwoTower) -> None:

@@ -5,12 +5,11 @@ from contrastive.training.checkpoint import check_identity, list_checkpoints, ne
 from contrastive.training.ema import WeightAverage
 from contrastive.training.faults import exit_on_signal
 from contrastive.training.final import FinalModel
-from contrastive.training.hold import Until
 from contrastive.training.optimizer import adamw
 from contrastive.training.patience import EarlyStop
 from contrastive.training.probe_batch import ProbeBatch
 from contrastive.training.progress import LINE_EVERY_SECONDS
-from contrastive.training.schedule import Duration, Every, Schedule
+from contrastive.training.schedule import Duration, Every, Point, Schedule
 from contrastive.training.sharding import shard
 from contrastive.training.skips import Skips, TooManySkips, check_share
 from contrastive.training.tracking import append_metrics, check_trackers, environment, read_metrics
@@ -28,7 +27,7 @@ __all__ = [
     "Skips",
     "TooManySkips",
     "Trainer",
-    "Until",
+    "Point",
     "WeightAverage",
     "adamw",
     "append_metrics",

@@ -8,8 +8,9 @@ resumed run needs nothing that a checkpoint does not hold already.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from contrastive.training.schedule import Point
 
 
 class Settings(NamedTuple):
@@ -29,21 +30,6 @@ class Settings(NamedTuple):
             ("patch dropout ", self.patch_dropout, ""),
         )
         return ", ".join(f"{before}{value:g}{after}" for before, value, after in parts if value is not None)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A place in a run: behind so many steps, or behind a share of it (one of them)."""
-
-    steps: int | None = None
-    share: float | None = None
-
-    def reached(self, step: int, share: float) -> bool:
-        """Whether it lies behind after `step` steps, which are `share` of the run."""
-        if self.steps is not None:
-            return step >= self.steps
-        assert self.share is not None
-        return share >= self.share - 1e-9  # 1e-9: 95 of 100 steps are 95 %
 
 
 class Curriculum:

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-
-@dataclass(frozen=True)
-class Until:
-    """A place in the run: so many steps, or a share of it (one of them)."""
-
-    steps: int | None = None
-    share: float | None = None
-
-    def reached(self, step: int, share: float) -> bool:
-        """Whether step number `step` (from 0), begun at `share` of the run, lies behind it."""
-        if self.steps is not None:
-            return step >= self.steps
-        assert self.share is not None
-        return share >= self.share - 1e-9  # 3 times a tenth is to be three tenths
+from contrastive.training.schedule import Point
 
 
 class Hold:
@@ -42,7 +28,7 @@ class Hold:
         until: by tower, "image" or "text".
     """
 
-    def __init__(self, model: nn.Module, two_tower: Any, until: Mapping[str, Until]) -> None:
+    def __init__(self, model: nn.Module, two_tower: Any, until: Mapping[str, Point]) -> None:
         self.two_tower, self.until = two_tower, dict(until)
         self.averaged = isinstance(model, DistributedDataParallel)
         self.trunks = {

@@ -29,6 +29,21 @@ class Duration:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A place in a run: behind so many steps, or behind a share of it (one of them)."""
+
+    steps: int | None = None
+    share: float | None = None
+
+    def reached(self, step: int, share: float) -> bool:
+        """Whether it lies behind after `step` steps, which are `share` of the run."""
+        if self.steps is not None:
+            return step >= self.steps
+        assert self.share is not None
+        return share >= self.share - 1e-9  # 1e-9: 95 of 100 steps are 95 %
+
+
+@dataclass(frozen=True)
 class Every:
     """How often something is done: every so many steps, seconds of training, or shares of the run (one of them)."""
 

@@ -41,13 +41,19 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
         parameter.data = parameter.data.contiguous()  # FSDP2 takes no channels-last weights
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-    for part in model.modules():
-        if isinstance(part, nn.ModuleList):
-            for block in part:
-                if any(True for _ in block.parameters()):
-                    fully_shard(block, mesh=mesh)
+    for part in reversed(list(model.modules())):  # FSDP2 wants what lies inside first
+        if _repeats_blocks(part):
+            for block in part.children():
+                fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=scalars)
     return model
+
+
+def _repeats_blocks(part: nn.Module) -> bool:
+    """Whether `part` is a tower's list of blocks, of one kind: a ModuleList, or a Sequential, as timm's have."""
+    blocks = list(part.children())
+    alike = len({type(block) for block in blocks}) == 1 and any(True for _ in part.parameters())
+    return isinstance(part, nn.ModuleList | nn.Sequential) and alike and all(any(b.children()) for b in blocks)
 
 
 def is_sharded(model: nn.Module) -> bool:

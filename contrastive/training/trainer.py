@@ -23,12 +23,12 @@ from contrastive.training.curriculum import Curriculum, Settings, StagedBatches
 from contrastive.training.ema import WeightAverage
 from contrastive.training.faults import Watchdog, stop_on_signal
 from contrastive.training.final import FinalModel, take_final_weights
-from contrastive.training.hold import Hold, Until
+from contrastive.training.hold import Hold
 from contrastive.training.patience import EarlyStop
 from contrastive.training.probe_batch import ProbeBatch
 from contrastive.training.progress import Progress
 from contrastive.training.saver import Saver
-from contrastive.training.schedule import Duration, Every, Schedule
+from contrastive.training.schedule import Duration, Every, Point, Schedule
 from contrastive.training.sharding import drain, fill, finite_everywhere, is_sharded
 from contrastive.training.skips import Skips
 from contrastive.training.step import LossFunction, TrainStep
@@ -97,7 +97,7 @@ class Trainer:
         curriculum: Curriculum | None = None,
         clip: float | None = 1.0,
         chunk: int | None = None,
-        unfreeze_at: Mapping[str, Until] | None = None,
+        unfreeze_at: Mapping[str, Point] | None = None,
         checkpoint_every: Every | None = None,
         keep: int = 2,
         keep_every: int | None = None,

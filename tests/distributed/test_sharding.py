@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from contrastive.build import build_accelerator, build_data, build_model, build_trainer
 from contrastive.config import load_config
@@ -81,6 +82,8 @@ def sizes(rank: int, world: int, corpus: Path, run_dir: Path) -> tuple[int, int,
     config = config.model_copy()
     accelerator = build_accelerator(config)
     trainer = build_trainer(config, accelerator, build_model(config), build_data(config), quiet=True)
+    (blocks,) = [part for name, part in trainer.model.image.named_modules() if name.endswith("blocks")]
+    assert isinstance(blocks[0], FSDPModule)  # a Sequential of timm's
     trainer.train_step(next(iter(trainer.make_loader(0, trainer.curriculum.last))), 1.0)
 
     def own(value: torch.Tensor) -> int:

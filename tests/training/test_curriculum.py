@@ -14,7 +14,8 @@ from contrastive.build import build_model
 from contrastive.errors import UserError
 from contrastive.models import load
 from contrastive.pretrain import dry_run, pretrain
-from contrastive.training.curriculum import Curriculum, Point, Settings
+from contrastive.training.curriculum import Curriculum, Settings
+from contrastive.training.schedule import Point
 from contrastive.training.step import TrainStep
 from tests.distributed.spawn import run_ranks
 from tests.tiny import COLOURS, tiny_config

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from contrastive.build import build_unfreezing
 from contrastive.errors import UserError
 from contrastive.pretrain import pretrain
-from contrastive.training import Duration, Until
+from contrastive.training import Duration, Point
 
 RESNET = "model.image={name: resnet18, size: 32, kwargs: {channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}}"
 LATE = [RESNET, "model.image.unfreeze_at=5", "model.text.unfreeze_at=25%"]  # steps 5 and 2 of 8
@@ -108,7 +108,7 @@ def test_a_tower_that_will_see_batch_statistics_is_refused_in_chunks_at_once(mak
 
 
 @pytest.mark.parametrize(("value", "until"), [
-    ("7", Until(steps=7)), ("10%", Until(share=0.1)), ("2 epochs", Until(steps=5)), ("64 samples", Until(steps=4)),
+    ("7", Point(steps=7)), ("10%", Point(share=0.1)), ("2 epochs", Point(steps=5)), ("64 samples", Point(steps=4)),
 ])  # fmt: skip
 def test_the_place_may_be_steps_a_share_epochs_or_samples(make_config, value, until):
     config = make_config(f"model.image.unfreeze_at={value}")
@@ -121,5 +121,5 @@ def test_a_place_behind_the_end_is_refused(make_config):
 
 
 def test_a_share_is_reached_at_its_step_and_not_one_later():
-    assert [Until(share=0.3).reached(step, step * 0.1) for step in (2, 3)] == [False, True]
-    assert [Until(steps=3).reached(step, 0.0) for step in (2, 3)] == [False, True]
+    assert [Point(share=0.3).reached(step, step * 0.1) for step in (2, 3)] == [False, True]
+    assert [Point(steps=3).reached(step, 0.0) for step in (2, 3)] == [False, True]
