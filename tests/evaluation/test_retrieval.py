@@ -94,7 +94,7 @@ def test_a_query_without_a_right_answer_is_last():
 
 def test_more_candidates_than_can_be_compared_are_refused(monkeypatch):
     monkeypatch.setattr(retrieval, "LARGEST", 3)
-    with pytest.raises(UserError, match="faiss"):
+    with pytest.raises(UserError, match="exact ranks are counted up to 3"):
         rank_both(np.eye(4), np.eye(4), np.arange(4), np.arange(4))
 
 
