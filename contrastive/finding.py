@@ -158,7 +158,9 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", text.strip())
     if not found or not float(found[1]):
         raise UserError(f"--memory {text}: expected a size such as 4GiB or 800MB")
-    return round(float(found[1]) * _UNITS[found[2] or ""])
+    if found[2] is None:
+        raise UserError(f"--memory {text}: of which unit? Write {text}GiB, {text}MB or {text}B")
+    return round(float(found[1]) * _UNITS[found[2]])
 
 
 def find_sizes(config: Config, *, memory: int | None, processes: int = 1, seconds: float = 1.0) -> Iterator[Size]:

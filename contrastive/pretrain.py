@@ -9,8 +9,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from contrastive.builders.stages import build_curriculum
 from contrastive.config import Config, CustomLossConfig, DistillationConfig, dump_yaml, terms_of
 from contrastive.errors import UserError
 from contrastive.evaluation import (
+    SCALARS,
     Evaluation,
     Examples,
     StoredFeatures,
@@ -56,6 +57,7 @@ from contrastive.training import (
     append_metrics,
     check_chunkable,
     check_identity,
+    check_tracker_names,
     environment,
     exit_on_signal,
     list_checkpoints,
@@ -122,6 +124,8 @@ def pretrain(
     model = build_model(config, trained_tokenizer)
     # From here on each process draws its own: dropout masks must differ between the shares of a batch.
     torch.manual_seed(config.run.seed + 1_000_003 * accelerator.process_index)
+    validate = validation(validation_index, config.data.workers)
+    check_metrics(config, getattr(validate, "names", None))
     trainer = build_trainer(
         config,
         accelerator,
@@ -129,7 +133,7 @@ def pretrain(
         data,
         features=frozen_features(config, model, data, accelerator) if config.data.cache == "features" else None,
         teachers=teachers_of(config, data, accelerator),
-        validate=validation(validation_index, config.data.workers),
+        validate=validate,
         validation_index=validation_index,
         quiet=quiet,
     )
@@ -146,6 +150,8 @@ def pretrain(
             (run_dir / "tokenizer.json").write_text(trained_tokenizer)
         if not quiet:
             print(summary(config, model, data, accelerator), flush=True)
+            if checkpoint is not None:
+                print(f"resume  behind step {checkpoint.name.removeprefix('step_')}, from {checkpoint}", flush=True)
     accelerator.wait_for_everyone()
 
     if config.track.trackers:
@@ -159,6 +165,8 @@ def pretrain(
         kept = trainer.take_final_weights()
         two_tower: TwoTower = trainer.final.eval()
         save_model(two_tower, run_dir / "model")
+        with suppress(OSError):  # not empty: somebody's stacks
+            (run_dir / "stacks").rmdir()
         if not complete:
             if not quiet:
                 print(f"stopped at step {trainer.step}; `--resume` goes on from {run_dir / 'checkpoints'}")
@@ -370,15 +378,28 @@ def kept_features(
     return stored_features(model, data, store, features=features, name=name, say=say, progress=show)
 
 
-def validation(index: ShardIndex | None, workers: int) -> Callable[[Any], dict[str, float]] | None:
+@dataclass(frozen=True)
+class Validation:
     """The shares that are logged during training: recall and zero-shot on the validation shards."""
-    if index is None:
-        return None
 
-    def validate(model: Any) -> dict[str, float]:
-        return evaluate_pairs(model, index, workers=workers).scalars()
+    index: ShardIndex
+    workers: int
+    names = SCALARS
 
-    return validate
+    def __call__(self, model: Any) -> dict[str, float]:
+        return evaluate_pairs(model, self.index, workers=self.workers).scalars()
+
+
+def validation(index: ShardIndex | None, workers: int) -> Callable[[Any], dict[str, float]] | None:
+    return None if index is None else Validation(index, workers)
+
+
+def check_metrics(config: Config, names: tuple[str, ...] | None = SCALARS) -> None:
+    """Refuse the name of a number that no validation gives, before the first one. names: None for unknown ones."""
+    stop = None if config.eval.stop is None else config.eval.stop.metric
+    for key, name in (("checkpoint.keep_best", config.checkpoint.keep_best), ("eval.stop.metric", stop)):
+        if name is not None and names is not None and name not in names:
+            raise UserError(f"{key}: {name!r}; validation gives {', '.join(sorted(names))}")
 
 
 def evaluate(
@@ -467,6 +488,8 @@ def dry_run(config: Config) -> str:
         captions = data.captions() if data is not None else ["no data to train a tokenizer on"]
         trained = train_tokenizer(captions, choice.vocab_size, choice.lowercase).to_str()
     check_losses(config)
+    check_metrics(config)
+    check_tracker_names(config.track.trackers)
     model = build_model(config, trained)
     if data is not None:
         build_curriculum(config, model, build_duration(config, data.epoch_size), data.epoch_size)

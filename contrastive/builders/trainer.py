@@ -36,6 +36,7 @@ from contrastive.training import (
     Skips,
     Trainer,
     adamw,
+    check_tracker_names,
     check_trackers,
     shard,
 )
@@ -62,6 +63,7 @@ def build_accelerator(config: Config) -> Accelerator:
         precision = "bf16" if on_cpu or torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and on_cpu:
         raise UserError("train.precision: fp16 needs an accelerator and there is none here; use bf16 or fp32")
+    check_tracker_names(config.track.trackers)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from typing import Literal
 
@@ -28,8 +29,9 @@ def run(args: argparse.Namespace) -> int:
     from contrastive.config import dump_yaml, load_config
     from contrastive.errors import UserError
 
-    if (args.resume or args.auto_resume) and args.overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
+    given = [way for way in ("resume", "auto_resume", "overwrite") if getattr(args, way)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(f'--{way.replace(chr(95), chr(45))}' for way in given)}: give one of them")
     if "" not in sys.path:  # a loss of the user's own lies where the user is, also for an installed command
         sys.path.insert(0, "")
     config = load_config(args.recipe, args.overrides)
@@ -53,4 +55,6 @@ def run(args: argparse.Namespace) -> int:
     if args.auto_resume or again:
         resume = "if possible"
     results = pretrain(config, resume=resume, overwrite=args.overwrite and not again)
+    if results is None and "RANK" not in os.environ:  # else a launcher stands before it
+        print("go on with: " + shlex.join(["contrastive", "train", args.recipe, *args.overrides, "--resume"]))
     return STOPPED if results is None else 0

@@ -190,5 +190,6 @@ def _sharding(config: Config) -> Iterator[Problem]:
         unfit |= {f"model.{tower}.lora": choice.lora is not None}
         unfit |= {f"model.{tower}.unfreeze_at": choice.unfreeze_at is not None}
     for key in (key for key, wrong in unfit.items() if wrong):
-        line = f"{key}: does not go with train.sharding fsdp; leave one of them out"
-        yield (key, "train.sharding"), line
+        way = "use bf16 or fp32" if key == "train.precision" else "leave one of them out"
+        what = " fp16" if key == "train.precision" else ""
+        yield (key, "train.sharding"), f"{key}:{what} does not go with train.sharding fsdp; {way}"

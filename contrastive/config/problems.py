@@ -32,6 +32,13 @@ _EXPECTED = {
     "tuple_type": "a list",
     "union_tag_not_found": "a block of keys",
 }
+# What other trainers have, by their names, and this one does in another way or not at all.
+_ACCUMULATION = "Gradients of parts of a batch are not those of the whole: train.chunk gives these, in as little memory"
+_OFFLOAD = "All stays on the device; train.sharding, train.chunk and train.gradient_checkpointing save memory there"
+_ELSEWHERE = {
+    **dict.fromkeys(("accumulate", "accumulation", "accum_freq", "gradient_accumulation_steps"), _ACCUMULATION),
+    **dict.fromkeys(("offload", "cpu_offload", "offload_params"), _OFFLOAD),
+}
 _UNKNOWN_PATH = "?"  # stands in for a required text while the other rules are tried
 
 
@@ -136,6 +143,8 @@ def _nearest_key(place: _Place) -> tuple[str, str | None]:
     """A hint for an unknown key, and the path that was probably meant."""
     assert place.owner is not None
     key, valid = str(place.keys[-1]), list(_fields(place.owner))
+    if key in _ELSEWHERE:
+        return _ELSEWHERE[key], None
     close = difflib.get_close_matches(key, valid, n=1)
     if close:
         return f"Did you mean '{close[0]}'?", place.sibling(close[0])

@@ -14,13 +14,14 @@ from contrastive.evaluation.probe import LinearProbe
 from contrastive.evaluation.report import write_report
 from contrastive.evaluation.stored import model_hash
 from contrastive.evaluation.table import format_results_table
-from contrastive.evaluation.tasks import Evaluation, evaluate_labelled, evaluate_pairs
+from contrastive.evaluation.tasks import SCALARS, Evaluation, evaluate_labelled, evaluate_pairs
 from contrastive.evaluation.template_spread import label_order_difference, template_spread
 from contrastive.evaluation.templates import read_templates
 from contrastive.evaluation.zeroshot import ZeroShotClassifier
 
 __all__ = [
     "Embeddings",
+    "SCALARS",
     "Evaluation",
     "Examples",
     "LinearProbe",

@@ -31,7 +31,7 @@ from contrastive.evaluation.metrics import share
 from contrastive.evaluation.predictions import Predictions
 from contrastive.evaluation.probed import fit_probes, judge_probe, pixel_rows
 from contrastive.evaluation.protocol import Model
-from contrastive.evaluation.retrieval import hubness, rank_both, recalls, retrieval_ranks, summary
+from contrastive.evaluation.retrieval import KS, hubness, rank_both, recalls, retrieval_ranks, summary
 from contrastive.evaluation.template_spread import template_spread
 from contrastive.evaluation.templates import read_templates
 from contrastive.evaluation.zeroshot import ZeroShotClassifier, check_labels
@@ -40,6 +40,11 @@ from contrastive.shards import caption_id
 LABELLED_TASKS = ("zeroshot", "probe", "fewshot", "knn", "retrieval")
 NEED_TRAIN = {"probe", "fewshot", "knn"}
 SHOTS, SEEDS = (1, 2, 4, 8, 16), 10
+TOPS = (1, 5)
+SCALARS = (  # of a set of pairs, see `Evaluation.scalars`
+    *(f"{way}/recall@{k}" for way in ("image_to_text", "text_to_image") for k in KS),
+    *(f"zeroshot/top{k}" for k in TOPS),
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Evaluation:
             f"{group}/{name}": entry["value"]
             for group, entries in groups.items()
             for name, entry in entries.items()
-            if name.startswith(("recall@", "top"))
+            if f"{group}/{name}" in SCALARS
         }
 
 
@@ -149,7 +154,7 @@ def evaluate_pairs(
         "samples": len(ids),
         "captions": len(unique) if captions == "first" else len(text_ids),
         "retrieval": retrieval,
-        "zeroshot": {f"top{k}": share(ranks < k, seed=seed) | {"chance": min(1.0, k / len(unique))} for k in (1, 5)},
+        "zeroshot": {f"top{k}": share(ranks < k, seed=seed) | {"chance": min(1.0, k / len(unique))} for k in TOPS},
         "rejected": found.rejected,
     }
     if found.failures:

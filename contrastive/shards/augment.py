@@ -12,6 +12,7 @@ from PIL import Image
 from contrastive.errors import UserError
 
 DRAWS = 13  # uniform numbers that one image takes
+TOGETHER, SIDE = 16, 16  # images whose colours are changed at a time, and pixels of each that stand side by side
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's greyscale
 
 
@@ -50,13 +51,18 @@ class Augment:
 
 def augment_pixels(pixels: np.ndarray, size: int, augment: Augment, u: Sequence[float], fill: int = 255) -> np.ndarray:
     """A crop of an RGB image, uint8 (height, width, 3), resized to (size, size, 3) and changed; u: DRAWS numbers."""
+    shaped = np.array(shape_pixels(pixels, size, augment, u, fill))
+    recolor(shaped[None], augment, np.asarray(u)[None])
+    return shaped
+
+
+def shape_pixels(pixels: np.ndarray, size: int, augment: Augment, u: Sequence[float], fill: int = 255) -> np.ndarray:
+    """`augment_pixels` but for the colours; may be a view of `pixels`."""
     height, width, _ = pixels.shape
     box = crop_of(width, height, augment, u)
     angle = math.radians(augment.rotate * (2 * u[4] - 1))
     pixels = _crop(pixels, size, box) if angle == 0 else _turned_crop(pixels, size, box, angle, fill)
-    if u[5] < augment.flip:
-        pixels = pixels[:, ::-1]
-    return _colors(pixels, augment, u)
+    return pixels[:, ::-1] if u[5] < augment.flip else pixels
 
 
 def crop_of(width: int, height: int, augment: Augment, u: Sequence[float]) -> tuple[float, float, float, float]:
@@ -111,26 +117,36 @@ def _turned_crop(
     return np.asarray(turned)
 
 
-def _colors(pixels: np.ndarray, augment: Augment, u: Sequence[float]) -> np.ndarray:
-    """Brightness, contrast, saturation, grey and tint are one affine map of the colour: one pass."""
-    brightness, contrast, saturation = (1 + augment.color * (2 * v - 1) for v in u[6:9])
-    if u[9] < augment.grayscale:
-        saturation = 0.0
-    tint = [1.0, 1.0, 1.0]
-    if augment.tint and u[10] < augment.tint:
-        # u[10], stretched, gives the first channel: it is uniform, given that it is below the probability.
-        tint = [1 - v / 2 for v in (u[10] / augment.tint, u[11], u[12])]
-    if brightness == contrast == saturation == 1 and tint == [1.0, 1.0, 1.0]:
-        return pixels
-    image = Image.fromarray(pixels)
-    offset = 0.0
-    if contrast != 1:
-        mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-        assert isinstance(mean, tuple)
-        offset = (1 - contrast) * brightness * sum(w * m for w, m in zip(_LUMA, mean, strict=True))
-    gain = brightness * contrast
-    matrix: list[float] = []
-    for channel in range(3):
-        row = [gain * ((1 - saturation) * w + (saturation if i == channel else 0)) for i, w in enumerate(_LUMA)]
-        matrix += [tint[channel] * v for v in (*row, offset)]
-    return np.asarray(image.convert("RGB", tuple(matrix)))
+def recolor(pixels_nhwc: np.ndarray, augment: Augment, u_nd: np.ndarray) -> None:
+    """Change the colours of n images in place, each by its own numbers, float64 (n, DRAWS).
+
+    Brightness, contrast, saturation, grey and tint are one affine map of an image's colours, and one pass over them;
+    some images at a time, as many as stay in a core's cache.
+    """
+    brightness, contrast, saturation = (1 + augment.color * (2 * u_nd[:, 6:9] - 1)).T
+    saturation = np.where(u_nd[:, 9] < augment.grayscale, 0.0, saturation)
+    # u[10], stretched, gives the tint's first channel: it is uniform, given that it is below the probability.
+    drawn = np.stack([u_nd[:, 10] / (augment.tint or 1.0), u_nd[:, 11], u_nd[:, 12]], axis=1)
+    tint = np.where(u_nd[:, 10:11] < augment.tint, 1 - drawn / 2, 1.0)
+    if (brightness == 1).all() and (contrast == 1).all() and (saturation == 1).all() and (tint == 1).all():
+        return
+    # rows: channels of the result
+    matrix = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * np.array(_LUMA)
+    matrix *= (tint * (brightness * contrast)[:, None])[:, :, None]
+    level = tint * ((1 - contrast) * brightness)[:, None]  # times the mean brightness, which contrast turns about
+    # A product of three numbers is too short to be quick: several pixels stand side by side, each with its own block.
+    count = len(pixels_nhwc)
+    side = math.gcd(pixels_nhwc[0].size // 3, SIDE)
+    blocks = torch.zeros(min(count, TOGETHER), side, 3, side, 3)
+    own = blocks.diagonal(dim1=1, dim2=3)  # (n, channel, channel of the result, pixel)
+    matrix_n33 = torch.from_numpy(matrix).float().mT[..., None]
+    colors = pixels_nhwc.reshape(count, -1, 3 * side)
+    for start in range(0, count, TOGETHER):
+        some = slice(start, min(start + TOGETHER, count))
+        n = some.stop - start
+        before = torch.from_numpy(colors[some]).float()
+        mean = before.mean(dim=1).view(n, side, 3).mean(dim=1).double().numpy() @ _LUMA
+        offset = torch.from_numpy(level[some] * mean[:, None] + 0.5).float()  # bytes are cut off, not rounded
+        own[:n] = matrix_n33[some]
+        after = torch.baddbmm(offset.repeat(1, side)[:, None], before, blocks[:n].view(n, 3 * side, 3 * side))
+        np.copyto(colors[some], after.clamp_(0, 255).numpy(), casting="unsafe")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from contrastive.errors import UserError
-from contrastive.shards.augment import DRAWS, Augment
+from contrastive.shards.augment import DRAWS, Augment, recolor
 from contrastive.shards.batch import Batch, Rejection
 from contrastive.shards.cache import open_cache
 from contrastive.shards.index import ShardIndex, caption_id
@@ -19,7 +19,7 @@ from contrastive.shards.record import Rejected
 from contrastive.shards.render import render, render_pixels
 from contrastive.shards.workers import from_workers, new_bytes
 
-VERSION = 2  # of the order and of the numbers drawn: a change of either must not pass for the same run
+VERSION = 3  # of the order, of the numbers drawn and of what they do: a change of either must not pass for the same run
 Tokenize = Callable[[list[str]], Any]
 
 
@@ -142,7 +142,7 @@ class _Steps:
 
     def __getitem__(self, step: int) -> Batch:
         epochs, samples = self.place.at(step)
-        numbers = draws(self.seed, epochs, samples, DRAWS + 2).tolist()
+        numbers = draws(self.seed, epochs, samples, DRAWS + 2)
         pixels_nhwc = new_bytes(len(samples), self.size, self.size, 3)
         pixels = pixels_nhwc.numpy()
         valid = np.zeros(len(samples), bool)
@@ -150,7 +150,7 @@ class _Steps:
         ids = self.mixture.ids[samples]
         keys = [self.mixture.key(i) for i in samples.tolist()]
         rejected = []
-        for row, (sample, u) in enumerate(zip(samples.tolist(), numbers, strict=True)):
+        for row, (sample, u) in enumerate(zip(samples.tolist(), numbers.tolist(), strict=True)):
             try:
                 variant = self._variant(sample, u[DRAWS], u[DRAWS + 1])
                 pixels[row], first = self._pair(sample, u)
@@ -162,6 +162,8 @@ class _Steps:
             if variant is not None:
                 ids[row] = caption_id(variant)
             valid[row] = True
+        if self.augment is not None:
+            recolor(pixels, self.augment, numbers)
         return Batch(
             pixels=pixels_nhwc.permute(0, 3, 1, 2),
             tokens=torch.as_tensor(self.tokenize(captions), dtype=torch.int64),

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from contrastive.images import square
-from contrastive.shards.augment import Augment, augment_pixels, crop_of
+from contrastive.shards.augment import Augment, crop_of, shape_pixels
 from contrastive.shards.decode import decode_pixels
 
 SCRATCH = 12_000_000  # bytes that images are decoded into, one after another: 4 MP of RGB; larger ones get their own
@@ -29,7 +29,7 @@ def render(
     fill: int = 255,
     decode: str = "exact",
 ) -> np.ndarray:
-    """uint8 (size, size, 3), RGB.
+    """uint8 (size, size, 3), RGB, but for the colours of `augment`: see `recolor`, which takes a whole batch.
 
     augment: None for the evaluation transform. u: DRAWS uniform numbers in [0, 1).
     decode: "exact" decodes in full; "fast" may decode a JPEG at a reduced scale, of which the crop is not below `size`.
@@ -52,4 +52,4 @@ def render_pixels(
     """`render` for an image that is decoded, uint8 (height, width, 3)."""
     if augment is None:
         return np.asarray(square(Image.fromarray(pixels), size))
-    return augment_pixels(pixels, size, augment, u, fill)
+    return shape_pixels(pixels, size, augment, u, fill)

@@ -12,7 +12,7 @@ from contrastive.training.progress import LINE_EVERY_SECONDS
 from contrastive.training.schedule import Duration, Every, Point, Schedule
 from contrastive.training.sharding import shard
 from contrastive.training.skips import Skips, TooManySkips, check_share
-from contrastive.training.tracking import append_metrics, check_trackers, environment, read_metrics
+from contrastive.training.tracking import append_metrics, check_tracker_names, check_trackers, environment, read_metrics
 from contrastive.training.trainer import NonFinite, Trainer
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "check_chunkable",
     "check_identity",
     "check_share",
+    "check_tracker_names",
     "check_trackers",
     "environment",
     "exit_on_signal",

@@ -61,12 +61,15 @@ class Watchdog:
     A process that waits in a collective for one that is stuck can do nothing else: Python does not get to run.
 
     Args:
-        path: the file, in a folder that is there. seconds: None never ends the process.
+        path: the file; its folder is made. seconds: None never ends the process.
     """
 
     def __init__(self, path: Path, seconds: float | None) -> None:
         self.path, self.seconds = path, seconds
-        self._file = None if seconds is None else path.open("w")
+        self._file = None
+        if seconds is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w")
 
     def watch(self) -> None:
         """From now on the time counts, anew."""

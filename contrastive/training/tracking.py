@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.utils import LoggerType
 
 from contrastive.errors import UserError
 
@@ -70,6 +72,20 @@ class Tracker:
         if self.accelerator.is_main_process:
             append_metrics(self.path, step, values)
         self.accelerator.log(values, step=step)
+
+
+def check_tracker_names(names: Sequence[str]) -> None:
+    """Refuse a name that accelerate does not know.
+
+    Raises:
+        UserError: with those that it does.
+    """
+    known = {*LoggerType.list(), *LOGGER_TYPE_TO_CLASS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(
+            f"track.with: no tracker is called {', '.join(unknown)}; accelerate knows {', '.join(sorted(known))}"
+        )
 
 
 def check_trackers(accelerator: Accelerator, names: Sequence[str]) -> None:

@@ -439,9 +439,8 @@ class Trainer:
 
     @contextmanager
     def _watchdog(self) -> Iterator[Watchdog]:
-        folder = self.run_dir / "stacks"
-        folder.mkdir(parents=True, exist_ok=True)
-        watchdog = Watchdog(folder / f"rank_{self.accelerator.process_index}.txt", self.step_timeout)
+        path = self.run_dir / "stacks" / f"rank_{self.accelerator.process_index}.txt"
+        watchdog = Watchdog(path, self.step_timeout)
         try:
             yield watchdog
         finally:

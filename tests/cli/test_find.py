@@ -121,7 +121,7 @@ FEATURES = ["data.cache=features", *LOCKED, "data.augment={crop: [1, 1], ratio: 
 
 
 @pytest.mark.parametrize(("text", "expected"), [
-    ("4GiB", 4 * 1024**3), ("1.5 GiB", 1536 * MIB), ("800MB", 800_000_000), ("4096", 4096), ("2KiB", 2048),
+    ("4GiB", 4 * 1024**3), ("1.5 GiB", 1536 * MIB), ("800MB", 800_000_000), ("4096B", 4096), ("2KiB", 2048),
 ])  # fmt: skip
 def test_sizes_of_memory(text, expected) -> None:
     assert parse_bytes(text) == expected
@@ -131,6 +131,11 @@ def test_sizes_of_memory(text, expected) -> None:
 def test_what_is_no_size_is_refused(text) -> None:
     with pytest.raises(UserError, match="expected a size such as 4GiB"):
         parse_bytes(text)
+
+
+def test_a_size_without_a_unit_is_asked_for_one() -> None:
+    with pytest.raises(UserError, match="--memory 2: of which unit"):
+        parse_bytes("2")
 
 
 @pytest.mark.parametrize(("options", "words"), [

@@ -81,9 +81,13 @@ def test_the_recipe_for_many_gpus_builds_its_model_in_a_dry_run(capsys):
     (["train.global_batch=41"], "41 is more than the 40 pairs"),
     (["data.train=nowhere"], "nowhere"),
     (["train.precision=fp16"], "fp16 needs an accelerator"),
-    (["track.with=[nonsense]"], "track.with"),
+    (["track.with=[nonsense]"], "track.with: no tracker is called nonsense; accelerate knows"),
+    (["track.with=[nonsense]", "--dry-run"], "track.with: no tracker is called nonsense"),
+    (["eval.every=2", "eval.stop.metric=top1", "--dry-run"], "eval.stop.metric: 'top1'; validation gives"),
+    (["train.accum_freq=4"], "train.chunk gives these"),
     (["--resume"], "no checkpoint"),
-    (["--resume", "--overwrite"], "exclude each other"),
+    (["--resume", "--overwrite"], "--resume and --overwrite: give one of them"),
+    (["--resume", "--auto-resume"], "--resume and --auto-resume: give one of them"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(recipe, capsys, change, words):
     assert main(["train", *recipe, *change]) == 2

@@ -73,6 +73,7 @@ def test_a_number_that_validation_does_not_give_is_told_with_those_it_gives(make
     config = make_config("checkpoint.keep_best=top1", "eval.every=2")
     with pytest.raises(UserError, match=r"checkpoint.keep_best: 'top1'; validation gives .*zeroshot/top1"):
         pretrain(config, quiet=True)
+    assert not Path(config.run.dir).exists()  # before the first step, not behind the first validation
 
 
 def test_keep_best_without_validation_during_the_run_is_refused(make_config):

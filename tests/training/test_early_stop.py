@@ -216,6 +216,7 @@ def test_a_metric_that_validation_does_not_give_is_told_with_those_it_gives(make
     config = make_config("eval.stop.metric=top1", "eval.every=2")
     with pytest.raises(UserError, match=r"eval.stop.metric: 'top1'; validation gives .*zeroshot/top1"):
         pretrain(config, quiet=True)
+    assert not Path(config.run.dir).exists()  # before the first step, not behind the first validation
 
 
 @pytest.mark.parametrize(("options", "words"), [

@@ -13,7 +13,7 @@ from contrastive.pretrain import pretrain
 from contrastive.shards import open_index
 from contrastive.training import read_metrics
 
-BATCH_NORM = ["model.image.name=resnet18", "model.image.kwargs={layers: [1, 1, 1, 1], channels: [8, 8, 8, 8]}"]
+BATCH_NORM = ["model.image.name=resnet18", "model.image.kwargs={layers: [1, 1, 1, 1], channels: [16, 16, 16, 16]}"]
 OWN = ["model.tokenizer.kind=open_clip", "model.tokenizer.context=8"]
 
 

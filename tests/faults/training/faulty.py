@@ -229,6 +229,13 @@ def signal_in_evaluation(rank: int, number: int) -> None:
         Trainer._validate = validate  # type: ignore[method-assign]
 
 
+def signal_in_final_evaluation(rank: int, number: int) -> None:
+    """Behind the last step, when the main process evaluates the finished model."""
+    from contrastive import pretrain as room
+
+    room.evaluate = lambda *_: send(number)
+
+
 def not_a_number(rank: int, what: tuple[list[int], int]) -> None:
     """The gradient of one rank is NaN in some steps: (steps, rank)."""
     numbers, at = what

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from contrastive.pretrain import STOPPED
+
 from .faulty import STEPS, ends, same, seen, steps_saved, weights
 
 
@@ -15,7 +17,7 @@ def assert_as_if_nothing_had_happened(run_dir: Path, undisturbed: Path) -> None:
     assert found == expected
     assert same(weights(run_dir), weights(undisturbed))
     left = [path.name for path in (run_dir / "run" / "checkpoints").iterdir() if path.name.startswith(".partial")]
-    assert not left and not list((run_dir / "run" / "stacks").iterdir())
+    assert not left and not list((run_dir / "run" / "stacks").glob("*"))
 
 
 @pytest.mark.slow
@@ -116,3 +118,12 @@ def test_a_signal_in_evaluation_stops_behind_the_next_step(tmp_path: Path, corpu
     assert steps_saved(tmp_path)[-1] == "step_5"
     assert ends(2, tmp_path, corpus, *options) == [0, 0]
     assert_as_if_nothing_had_happened(tmp_path, undisturbed)
+
+
+def test_a_signal_in_the_final_evaluation_asks_for_a_restart_that_evaluates(
+    tmp_path: Path, corpus: Path, undisturbed: Path
+) -> None:
+    assert ends(2, tmp_path, corpus, fault=("signal_in_final_evaluation", signal.SIGTERM)) == [STOPPED, 0]
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert ends(2, tmp_path, corpus) == [0, 0]
+    assert (tmp_path / "run" / "results.json").exists() and same(weights(tmp_path), weights(undisturbed))
