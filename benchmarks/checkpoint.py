@@ -4,10 +4,10 @@
 
 A ViT-S/32 image tower and a text tower of 12 layers (with AdamW's moments, three numbers a weight) are saved in turn:
 "stall" is what training waits for (`take_snapshot`: the copy, from the second save on), "whole" the time until a
-committed checkpoint is there (copy, SHA-256 of every file, fsync of files and folders, rename); `torch.save` writes
-one file of the same state and syncs it, accelerate's `save_state` writes its folder (its files are synced here too, for
-a fair end), "disk" writes as many bytes from memory into one file and syncs it. Medians. The folder lies where
-`--folder` says. Keep the machine idle.
+committed checkpoint is there (copy, are the weights finite?, SHA-256 of every file, fsync of files and folders,
+rename); `torch.save` writes one file of the same state and syncs it, accelerate's `save_state` writes its folder (its
+files are synced here too, for a fair end), "disk" writes as many bytes from memory into one file and syncs it.
+Medians. The folder lies where `--folder` says. Keep the machine idle.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 
 from contrastive.training import adamw
-from contrastive.training.checkpoint import take_snapshot, write_checkpoint
+from contrastive.training.checkpoint import Snapshot, take_snapshot, write_checkpoint
 
 RESULTS = Path(__file__).resolve().parent / "results" / "checkpoint.json"
 
@@ -52,11 +52,13 @@ def main() -> None:
 
     spare = take_snapshot(accelerator, model, optimizer, None, state)  # a run's first save finds none
 
-    def snapshot() -> None:
-        take_snapshot(accelerator, model, optimizer, None, state, spare)
+    def snapshot() -> Snapshot:
+        return take_snapshot(accelerator, model, optimizer, None, state, spare)
 
     def whole() -> None:
-        write_checkpoint(root / "ours", take_snapshot(accelerator, model, optimizer, None, state, spare))
+        taken = snapshot()
+        assert taken.not_finite() is None
+        write_checkpoint(root / "ours", taken)
 
     def torch_save() -> None:
         with open(root / "torch.pt", "wb") as file:
@@ -77,7 +79,7 @@ def main() -> None:
                 file.write(noise)
             os.fsync(file.fileno())
 
-    ways: dict[str, Callable[[], None]] = {
+    ways: dict[str, Callable[[], object]] = {
         "stall": snapshot, "whole": whole, "torch.save": torch_save, "save_state": save_state, "disk": disk
     }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -1,24 +1,30 @@
 """What the trainer adds to the bare computation of a step, at the pictograms recipe: its model, batch and precision.
 
-    python benchmarks/step.py                 prints tables, writes benchmarks/results/step.json; three minutes
+    python benchmarks/step.py                 prints tables, writes benchmarks/results/step.json; five minutes
     python benchmarks/step.py --threads 1     on two cores: the loader has one of its own, as beside a GPU
 
-Four ways take turns in one process, in blocks of steps. Medians over all blocks; the first steps of a block do not
-count.
+Three ways beside a bare one:
 
     bare       both towers forward, the loss, backward, the optimizer, on one batch that lies in memory
     no loss    the same with the sum of the embeddings in place of the loss
     resident   the trainer (ranks agree, gradient norm, finite check, clock), its loader hands over that same batch
     trainer    the trainer with the recipe's loader, which draws, augments and tokenises in a process of its own
 
+Each takes turns with the bare one within seconds, a few steps each, as the pace of a shared machine changes within
+minutes: the ratio is the median over all turns of a turn's median step beside those of the two bare turns around it.
+The first step of a turn does not count, and the loader's process stands still while the bare one runs.
+
 A trainer's step lasts from one request for a batch to the next. What happens now and then is timed by itself and spread
 over the recipe's period: a log line over 10 steps, a checkpoint's stall over 500, the probe over 5 % of 1,255 steps.
-The loader's process shares the cores with the trainer: what it uses a batch is timed alone, in this process.
-Keep the machine idle.
+What the loader's process uses a batch is timed alone, in this process. Keep the machine idle.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
+import os
+import signal
 import statistics
 import tempfile
 import time
@@ -39,28 +45,29 @@ from contrastive.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "step.json"
-WARM = 6  # steps at the start of a block: the loader's queue fills, and caches hold what the way before left
+WARM = 6  # steps ahead of the first turn: the loader's queue fills
+Found = dict[str, Any]
 LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 10, 500, 63
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--block", type=int, default=22, help="steps of each way in a round")
+    parser.add_argument("--turns", type=int, default=24, help="of each way")
+    parser.add_argument("--steps", type=int, default=5, help="of a turn")
     parser.add_argument("--threads", type=int, help="that compute; default: torch's choice, one a core")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(arguments.rounds, arguments.block, Path(folder))
+        found = measure(arguments.turns, arguments.steps, Path(folder))
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps(known | {f"{found['threads']} threads": found}, indent=1) + "\n")
     show(found)
 
 
-def measure(rounds: int, block: int, folder: Path) -> dict[str, Any]:
-    """Run all ways in turn. Times are in milliseconds."""
-    lasting = [f"train.steps={10 * rounds * block}", "checkpoint.every=null", "eval.every=null", "eval.report=false"]
+def measure(turns: int, steps: int, folder: Path) -> dict[str, Any]:
+    """Each way beside the bare one. Times are in milliseconds."""
+    lasting = [f"train.steps={10 * turns * steps}", "checkpoint.every=null", "eval.every=null", "eval.report=false"]
     recipe = ROOT / "recipes" / "pretrain" / "pictograms.yaml"
     config = load_config(recipe, [*lasting, f"track.log_every={LOG_EVERY}", f"track.probe_every={10**6}"])
     accelerator = build_accelerator(config)
@@ -84,14 +91,12 @@ def measure(rounds: int, block: int, folder: Path) -> dict[str, Any]:
         Bare(config, accelerator, build_model(config, tokenizer), batch, with_loss=with_loss)
         for with_loss in (True, False)
     )
-    ways: dict[str, Callable[[int], list[float]]] = {
-        "bare": bare, "no loss": alone, "resident": resident, "trainer": real
-    }  # fmt: skip
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            taken[name] += way(block)[WARM:]
-    medians = {name: 1e3 * statistics.median(seconds) for name, seconds in taken.items()}
+    bare(WARM)
+    ways = {
+        "no loss": beside(alone, bare, turns, steps),
+        "resident": resident.beside(bare, turns, steps),
+        "trainer": real.beside(bare, turns, steps),
+    }
     periods = {"log line": LOG_EVERY, "checkpoint": SAVE_EVERY, "probe": PROBE_EVERY}
     now_and_then = {
         "log line": real.median("log"), "checkpoint": real.median("save"),
@@ -99,9 +104,9 @@ def measure(rounds: int, block: int, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     spread = sum(milliseconds / periods[name] for name, milliseconds in now_and_then.items())
     return {
-        "threads": torch.get_num_threads(), "batch": config.train.global_batch, "rounds": rounds, "block": block,
-        "precision": accelerator.mixed_precision, "milliseconds": medians,
-        "overhead": {name: (medians[name] + spread) / medians["bare"] - 1 for name in ("resident", "trainer")},
+        "threads": torch.get_num_threads(), "batch": config.train.global_batch, "turns": turns, "steps": steps,
+        "precision": accelerator.mixed_precision, "ways": ways,
+        "overhead": {name: ways[name]["ratio"] + spread / ways[name]["bare"] - 1 for name in ("resident", "trainer")},
         "phases": {"bare": bare.phases(), "resident": resident.phases(), "trainer": real.phases()},
         "parts": {
             "waiting for the loader": real.median("data"),
@@ -111,6 +116,26 @@ def measure(rounds: int, block: int, folder: Path) -> dict[str, Any]:
         },
         "now and then": now_and_then, "spread": spread,
         "loader's own time": timed(lambda: loader._items[1], 10, clock=time.process_time),
+    }  # fmt: skip
+
+
+def beside(way: Callable[[int], list[float]], bare: Callable[[int], list[float]], turns: int, steps: int) -> Found:
+    """`turns` turns of a way between turns of the bare one."""
+    found, around = [], [bare(steps)]
+    for _ in range(turns):
+        found.append(way(steps))
+        around.append(bare(steps))
+    return compared(found, around)
+
+
+def compared(found: list[list[float]], around: list[list[float]]) -> Found:
+    """Seconds of the steps of n turns, and of the n + 1 bare ones before, between and after them."""
+    own, bare = ([statistics.median(turn[1:]) for turn in turns] for turns in (found, around))
+    ratios = [2 * mine / (a + b) for mine, a, b in zip(own, bare[:-1], bare[1:], strict=True)]
+    spread = statistics.quantiles(ratios, n=4)
+    return {
+        "ms": 1e3 * statistics.median(own), "bare": 1e3 * statistics.median(bare),
+        "ratio": statistics.median(ratios), "quartiles": [spread[0], spread[2]],
     }  # fmt: skip
 
 
@@ -165,11 +190,13 @@ class Bare:
 
 
 class Driven:
-    """A trainer that runs a block of steps at a time; `batch` takes the place of what its loader gives."""
+    """A trainer that gives way to the bare steps every few of its own; `batch` takes the place of its loader's."""
 
     def __init__(self, trainer: Trainer, batch: Any = None) -> None:
         self.trainer, self.batch = trainer, batch
-        self.requests: list[float] = []
+        self.between: Callable[[], None] = lambda: None  # a bare turn
+        self.steps = 0  # of a turn
+        self.turns: list[list[float]] = []
         self.seconds: dict[str, list[float]] = {name: [] for name in ("data", "agree", "clip", "log", "save")}
         self.of_phases: dict[str, list[float]] = {}
         self.shown = 0  # the step of the latest log line
@@ -181,10 +208,20 @@ class Driven:
         step.accelerator = _Clipping(step.accelerator, self)  # type: ignore[assignment]
         self._note_phases()
 
-    def __call__(self, steps: int) -> list[float]:
-        self.requests.clear()
-        self.trainer.fit(stop_after=self.trainer.step + steps)
-        return [after - before for before, after in zip(self.requests, self.requests[1:], strict=False)]
+    def beside(self, bare: Callable[[int], list[float]], turns: int, steps: int) -> Found:
+        around: list[list[float]] = []
+
+        def between() -> None:
+            workers = [process.pid for process in multiprocessing.active_children() if process.pid]
+            for worker in workers:
+                os.kill(worker, signal.SIGSTOP)
+            around.append(bare(steps))
+            for worker in workers:
+                os.kill(worker, signal.SIGCONT)
+
+        self.between, self.steps = between, steps
+        self.trainer.fit(stop_after=self.trainer.step + WARM + turns * steps + 1)
+        return compared(self.turns[:turns], around[: turns + 1])
 
     def noting(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*arguments: Any) -> Any:
@@ -213,7 +250,8 @@ class Driven:
         return 1e3 * statistics.median(self.seconds[name])
 
     def phases(self) -> dict[str, float]:
-        return {phase: statistics.median(found) for phase, found in self.of_phases.items()}
+        found = {phase: statistics.median(milliseconds) for phase, milliseconds in self.of_phases.items()}
+        return found | {"data": self.median("data")}  # the clock's holds the bare turns too
 
 
 class _Noting:
@@ -224,13 +262,21 @@ class _Noting:
         return self.loader.state(step)
 
     def __iter__(self) -> Iterator[Any]:
-        fixed, batches = self.driven.batch, None if self.driven.batch is not None else iter(self.loader)
+        driven, fixed = self.driven, self.driven.batch
+        batches = None if fixed is not None else iter(self.loader)
+        started = 0.0
         try:
-            while True:
+            for number in itertools.count():
+                place = (number - WARM) % driven.steps
+                now = time.perf_counter()
+                if number > WARM:  # the step before ends here
+                    driven.turns[-1].append(now - started)
+                if number >= WARM and place == 0:
+                    driven.between()
+                    driven.turns.append([])
                 started = time.perf_counter()
-                self.driven.requests.append(started)
                 batch = fixed if batches is None else next(batches)
-                self.driven.seconds["data"].append(time.perf_counter() - started)
+                driven.seconds["data"].append(time.perf_counter() - started)
                 yield batch
         finally:
             if batches is not None:
@@ -248,9 +294,10 @@ class _Clipping:
 
 def show(found: dict[str, Any]) -> None:
     print(f"batch {found['batch']}, {found['precision']}, {found['threads']} threads")
-    print("| way | a step, ms | beside bare |\n|---|---|---|")
-    for name, milliseconds in found["milliseconds"].items():
-        print(f"| {name} | {milliseconds:.1f} | {milliseconds / found['milliseconds']['bare']:.3f} |")
+    print("| way | a step, ms | bare beside it, ms | ratio | half of the turns |\n|---|---|---|---|---|")
+    for name, way in found["ways"].items():
+        low, high = way["quartiles"]
+        print(f"| {name} | {way['ms']:.1f} | {way['bare']:.1f} | {way['ratio']:.3f} | {low:.2f} - {high:.2f} |")
     print(f"with what happens now and then ({found['spread']:.2f} ms a step): ", end="")
     print(", ".join(f"{name} {share:+.1%}" for name, share in found["overhead"].items()))
     for name, phases in found["phases"].items():

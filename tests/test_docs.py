@@ -168,11 +168,18 @@ def test_table_of_plans_beside_steps_is_what_the_benchmark_wrote() -> None:
 
 def test_table_of_the_steps_cost_is_what_the_benchmark_wrote() -> None:
     expected = [
-        [found["threads"], name, f"{taken:.1f}", f"{taken / found['milliseconds']['bare']:.3f}"]
+        [found["threads"], name, f"{way['ms']:.0f}", f"{way['bare']:.0f}", f"{way['ratio']:.3f}",
+         "{:.2f} - {:.2f}".format(*way["quartiles"])]
         for _, found in sorted(results("step").items())
-        for name, taken in found["milliseconds"].items()
-    ]
+        for name, way in found["ways"].items()
+    ]  # fmt: skip
     assert table_after("training-time.md", "threads | way") == [[str(cell) for cell in row] for row in expected]
+
+
+def test_table_of_a_checkpoints_cost_is_what_the_benchmark_wrote() -> None:
+    seconds = results("checkpoint")["seconds"]
+    expected = [[f"{taken:.2f}", f"{taken / seconds['disk']:.2f}"] for taken in seconds.values()]
+    assert [row[1:] for row in table_after("reliability.md", "what | seconds")] == expected
 
 
 def test_table_of_the_probes_sweeps_is_what_the_benchmark_wrote() -> None:

@@ -120,8 +120,8 @@ def _turned_crop(
 def recolor(pixels_nhwc: np.ndarray, augment: Augment, u_nd: np.ndarray) -> None:
     """Change the colours of n images in place, each by its own numbers, float64 (n, DRAWS).
 
-    Brightness, contrast, saturation, grey and tint are one affine map of an image's colours, and one pass over them;
-    some images at a time, as many as stay in a core's cache.
+    Brightness, contrast, saturation, grey and tint are one affine map of an image's colours, and one pass over them: a
+    third of the time that Pillow takes image by image.
     """
     brightness, contrast, saturation = (1 + augment.color * (2 * u_nd[:, 6:9] - 1)).T
     saturation = np.where(u_nd[:, 9] < augment.grayscale, 0.0, saturation)
@@ -134,7 +134,8 @@ def recolor(pixels_nhwc: np.ndarray, augment: Augment, u_nd: np.ndarray) -> None
     matrix = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * np.array(_LUMA)
     matrix *= (tint * (brightness * contrast)[:, None])[:, :, None]
     level = tint * ((1 - contrast) * brightness)[:, None]  # times the mean brightness, which contrast turns about
-    # A product of three numbers is too short to be quick: several pixels stand side by side, each with its own block.
+    # Products of three numbers are too short to be quick: several pixels stand side by side, each with its own block.
+    # Few images at a time stay in a core's cache.
     count = len(pixels_nhwc)
     side = math.gcd(pixels_nhwc[0].size // 3, SIDE)
     blocks = torch.zeros(min(count, TOGETHER), side, 3, side, 3)

@@ -179,7 +179,7 @@ def _work(items: Items, pipe: Connection, slots: list[torch.Tensor]) -> None:
     global _in_worker, _slot
     _in_worker = True
     torch.set_num_threads(1)  # the training step needs the cores
-    os.nice(5)  # and goes first: on few cores a step waits for its slowest thread, and working ahead hides ours
+    os.nice(19)  # and goes first: on few cores a step waits for its slowest thread, and working ahead hides ours
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
     # The main process decides how to end on Ctrl-C or a scheduler's signal, and may still want batches.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -46,16 +47,30 @@ PIECE = 1 << 24  # bytes that are hashed together
 class Snapshot:
     """A copy of a run between two steps, in memory that training does not touch.
 
-    state: JSON, with "step". tensors: by file, without its suffix. Empty on every process but the main one, which
-        writes.
+    state: JSON, with "step". tensors: by file, without its suffix. parameters: names in "model" of what can learn.
+        Empty on every process but the main one, which writes.
     """
 
     state: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    parameters: frozenset[str] = frozenset()
 
     @property
     def step(self) -> int:
         return int(self.state["step"])
+
+    def not_finite(self) -> str | None:
+        """The name of a weight, or a batch statistic, that is no number, or of an infinite weight; None: all are fine.
+
+        Finite gradients do not vouch for the step they led to. A buffer may hold infinities, as a mask does.
+        """
+        for name, value in self.tensors.get("model", {}).items():
+            if value.is_floating_point() and value.numel():
+                # both are NaN where one number is: a single pass, where `isfinite` writes several as large
+                low, high = (float(edge) for edge in value.aminmax())
+                if math.isnan(low) or (name in self.parameters and not (math.isfinite(low) and math.isfinite(high))):
+                    return name
+        return None
 
 
 def take_snapshot(
@@ -92,7 +107,8 @@ def take_snapshot(
             tensors["ema"] = average.state_dict()
     if accelerator.scaler is not None:
         state = {**state, "scaler": accelerator.scaler.state_dict()}
-    snapshot = Snapshot(state)
+    names = (name for name, _ in accelerator.unwrap_model(model).named_parameters())
+    snapshot = Snapshot(state, parameters=frozenset(names))
     for file, values in tensors.items():
         old = {} if spare is None else spare.tensors.get(file, {})
         snapshot.tensors[file] = {}

@@ -49,6 +49,13 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
+            bad = snapshot.not_finite()  # here and not ahead of the copy: training need not wait for it
+            if bad is not None:
+                self.failed = (
+                    f"{bad} is not finite after step {snapshot.step}; nothing was saved. Lower optim.lr or set "
+                    "optim.clip, and go on from the newest checkpoint with --resume"
+                )
+                return
             write_checkpoint(self.folder, snapshot)
             self.saved_step = snapshot.step
             prune(self.folder, keep=self.keep, keep_every=self.keep_every, best=self._best and self._best[0])

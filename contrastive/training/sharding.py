@@ -135,14 +135,3 @@ def like(value: Tensor, model: Tensor | None) -> Tensor:
         device = model.device_mesh.device_type
         return distribute_tensor(value.to(device), model.device_mesh, model.placements, src_data_rank=None)
     return value
-
-
-def finite_everywhere(values: Iterable[Tensor]) -> bool:
-    """Whether every number of every share is finite; all processes call it and get the same answer."""
-    shares = [value.to_local() if isinstance(value, DTensor) else value for value in values]
-    own = torch.tensor([float(all(bool(share.isfinite().all()) for share in shares))])
-    if dist.is_initialized():
-        device = next((share.device for share in shares), torch.device("cpu"))
-        own = own.to(device)
-        dist.all_reduce(own, op=dist.ReduceOp.MIN)
-    return bool(own)

@@ -29,7 +29,7 @@ from contrastive.training.probe_batch import ProbeBatch
 from contrastive.training.progress import Progress
 from contrastive.training.saver import Saver
 from contrastive.training.schedule import Duration, Every, Point, Schedule
-from contrastive.training.sharding import drain, fill, finite_everywhere, is_sharded
+from contrastive.training.sharding import drain, fill, is_sharded
 from contrastive.training.skips import Skips
 from contrastive.training.step import LossFunction, TrainStep
 from contrastive.training.tracking import Tracker
@@ -49,7 +49,7 @@ class Loader(Protocol):
 
 
 class NonFinite(UserError):
-    """Gradients or a weight became infinite or not a number; no checkpoint holds such a weight."""
+    """Gradients or a loss became infinite or not a number."""
 
 
 class Trainer:
@@ -383,14 +383,6 @@ class Trainer:
 
     def _save(self) -> None:
         """Begin to save; `_finish_saving` waits for the end."""
-        # Finite gradients do not vouch for the step they led to. Ranks hold the same weights, so they decide alike.
-        weights_finite = finite_everywhere(self.model.parameters())
-        # a mask may hold infinities
-        if not weights_finite or any(bool(value.isnan().any()) for value in self.model.buffers()):
-            raise NonFinite(
-                f"a weight is not finite after step {self.step}; nothing was saved. Lower optim.lr or set optim.clip, "
-                "and go on from the newest checkpoint with --resume"
-            )
         loader = {**self._loader.state(self.step), "counters": self.skips.state()}
         skipped = {"skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
         state = {"step": self.step, "seconds": self.seconds, **skipped, **self.identity, "loader": loader}
