@@ -45,7 +45,7 @@ from contrastive.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "step.json"
-WARM = 6  # steps ahead of the first turn: the loader's queue fills
+WARM = 6  # steps ahead of the first turn; the loader's queue fills
 Found = dict[str, Any]
 LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 10, 500, 63
 
@@ -91,7 +91,8 @@ def measure(turns: int, steps: int, folder: Path) -> dict[str, Any]:
         Bare(config, accelerator, build_model(config, tokenizer), batch, with_loss=with_loss)
         for with_loss in (True, False)
     )
-    bare(WARM)
+    for way in (bare, alone):
+        way(WARM)
     ways = {
         "no loss": beside(alone, bare, turns, steps),
         "resident": resident.beside(bare, turns, steps),

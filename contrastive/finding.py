@@ -35,7 +35,7 @@ PLOTS = (".png", ".svg", ".pdf")
 FULL = 77  # exit code of a process that took more memory than it may
 AS_FAST = 0.95  # a larger size is preferred to one that is faster by less than this
 
-_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
+_UNITS = {"B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
 _UNITS |= {f"{p}iB": 1024**n for n, p in enumerate("KMGT", 1)}
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from contrastive.build import build_augment, build_data, build_model, token_cache, wants_training
@@ -20,11 +21,12 @@ from contrastive.config import Config
 from contrastive.errors import UserError
 from contrastive.models import OpenClipTokenizer, train_tokenizer
 from contrastive.shards import Augment, Mixture, PairLoader, Rejected, TokenCache, open_index
-from contrastive.shards.augment import DRAWS
+from contrastive.shards.augment import DRAWS, recolor
 from contrastive.shards.decode import decode_pixels
 from contrastive.shards.render import render
 
 BATCH = 64  # samples of a batch, where no recipe says
+AT_ONCE = 64  # images that are changed together
 LARGEST = 4096  # pixels of a side
 LOOK_AT = 512  # samples that the parts are measured on, over and over: they are read from memory after the first time
 
@@ -114,7 +116,8 @@ def _bench(
         yield Verdict(
             "", 0, f"note: {bad} of the {len(pairs)} images looked at cannot be decoded; see `contrastive check`"
         )
-    u = [0.5] * DRAWS
+    draws = np.random.default_rng(0).random((min(batch, AT_ONCE), DRAWS))
+    pixels = np.empty((len(draws), size, size, 3), np.uint8)
     places = iter(_endless(list(numbers)))
     images, captions = iter(_endless([image for image, _ in pairs])), iter(_endless([text for _, text in pairs]))
 
@@ -126,11 +129,13 @@ def _bench(
         return 1
 
     def rendered() -> int:
-        try:
-            render(next(images), size, augment, u, decode=decode)
-        except Rejected:
-            pass
-        return 1
+        for row, u in enumerate(draws.tolist()):
+            try:
+                pixels[row] = render(next(images), size, augment, u, decode=decode)
+            except Rejected:
+                pass
+        recolor(pixels, augment, draws)
+        return len(draws)
 
     def tokenized() -> int:
         tokenize([next(captions) for _ in range(batch)])

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -109,6 +109,7 @@ def pretrain(
     check_shards(config)
     check_labelled_sets(config)
     check_losses(config)
+    check_metrics(config)
     if config.train.fused_loss:
         fuse()
     with main_process_first(accelerator):  # one process builds the index, the others read it
@@ -124,8 +125,6 @@ def pretrain(
     model = build_model(config, trained_tokenizer)
     # From here on each process draws its own: dropout masks must differ between the shares of a batch.
     torch.manual_seed(config.run.seed + 1_000_003 * accelerator.process_index)
-    validate = validation(validation_index, config.data.workers)
-    check_metrics(config, getattr(validate, "names", None))
     trainer = build_trainer(
         config,
         accelerator,
@@ -133,7 +132,7 @@ def pretrain(
         data,
         features=frozen_features(config, model, data, accelerator) if config.data.cache == "features" else None,
         teachers=teachers_of(config, data, accelerator),
-        validate=validate,
+        validate=validation(validation_index, config.data.workers),
         validation_index=validation_index,
         quiet=quiet,
     )
@@ -378,28 +377,23 @@ def kept_features(
     return stored_features(model, data, store, features=features, name=name, say=say, progress=show)
 
 
-@dataclass(frozen=True)
-class Validation:
-    """The shares that are logged during training: recall and zero-shot on the validation shards."""
-
-    index: ShardIndex
-    workers: int
-    names = SCALARS
-
-    def __call__(self, model: Any) -> dict[str, float]:
-        return evaluate_pairs(model, self.index, workers=self.workers).scalars()
-
-
 def validation(index: ShardIndex | None, workers: int) -> Callable[[Any], dict[str, float]] | None:
-    return None if index is None else Validation(index, workers)
+    """The shares that are logged during training: recall and zero-shot on the validation shards."""
+    if index is None:
+        return None
+
+    def validate(model: Any) -> dict[str, float]:
+        return evaluate_pairs(model, index, workers=workers).scalars()
+
+    return validate
 
 
-def check_metrics(config: Config, names: tuple[str, ...] | None = SCALARS) -> None:
-    """Refuse the name of a number that no validation gives, before the first one. names: None for unknown ones."""
+def check_metrics(config: Config) -> None:
+    """Refuse the name of a number that no validation gives, before the first one."""
     stop = None if config.eval.stop is None else config.eval.stop.metric
     for key, name in (("checkpoint.keep_best", config.checkpoint.keep_best), ("eval.stop.metric", stop)):
-        if name is not None and names is not None and name not in names:
-            raise UserError(f"{key}: {name!r}; validation gives {', '.join(sorted(names))}")
+        if name is not None and name not in SCALARS:
+            raise UserError(f"{key}: {name!r}; validation gives {', '.join(sorted(SCALARS))}")
 
 
 def evaluate(

@@ -29,9 +29,10 @@ def run(args: argparse.Namespace) -> int:
     from contrastive.config import dump_yaml, load_config
     from contrastive.errors import UserError
 
-    given = [way for way in ("resume", "auto_resume", "overwrite") if getattr(args, way)]
+    ways = {"--resume": args.resume, "--auto-resume": args.auto_resume, "--overwrite": args.overwrite}
+    given = [way for way, chosen in ways.items() if chosen]
     if len(given) > 1:
-        raise UserError(f"{' and '.join(f'--{way.replace(chr(95), chr(45))}' for way in given)}: give one of them")
+        raise UserError(f"{' and '.join(given)}: give one of them")
     if "" not in sys.path:  # a loss of the user's own lies where the user is, also for an installed command
         sys.path.insert(0, "")
     config = load_config(args.recipe, args.overrides)
@@ -56,5 +57,6 @@ def run(args: argparse.Namespace) -> int:
         resume = "if possible"
     results = pretrain(config, resume=resume, overwrite=args.overwrite and not again)
     if results is None and "RANK" not in os.environ:  # else a launcher stands before it
-        print("go on with: " + shlex.join(["contrastive", "train", args.recipe, *args.overrides, "--resume"]))
+        options = ["--allow-pipe"] if args.allow_pipe else []
+        print("go on with: " + shlex.join(["contrastive", "train", args.recipe, *args.overrides, *options, "--resume"]))
     return STOPPED if results is None else 0

@@ -180,16 +180,14 @@ def _sharding(config: Config) -> Iterator[Problem]:
     """What has not been made to work, and tested, with weights in shares."""
     if config.train.sharding == "none":
         return
-    unfit = {
-        "optim.ema": config.optim.ema is not None,
-        "track.mfu": config.track.mfu,
-        "train.precision": config.train.precision == "fp16",
-    }
+    if config.train.precision == "fp16":
+        line = "train.precision: fp16 does not go with train.sharding fsdp; use bf16 or fp32"
+        yield ("train.precision", "train.sharding"), line
+    unfit = {"optim.ema": config.optim.ema is not None, "track.mfu": config.track.mfu}
     for tower in ("image", "text"):
         choice = getattr(config.model, tower)
         unfit |= {f"model.{tower}.lora": choice.lora is not None}
         unfit |= {f"model.{tower}.unfreeze_at": choice.unfreeze_at is not None}
     for key in (key for key, wrong in unfit.items() if wrong):
-        way = "use bf16 or fp32" if key == "train.precision" else "leave one of them out"
-        what = " fp16" if key == "train.precision" else ""
-        yield (key, "train.sharding"), f"{key}:{what} does not go with train.sharding fsdp; {way}"
+        line = f"{key}: does not go with train.sharding fsdp; leave one of them out"
+        yield (key, "train.sharding"), line

@@ -51,7 +51,7 @@ class Augment:
 
 def augment_pixels(pixels: np.ndarray, size: int, augment: Augment, u: Sequence[float], fill: int = 255) -> np.ndarray:
     """A crop of an RGB image, uint8 (height, width, 3), resized to (size, size, 3) and changed; u: DRAWS numbers."""
-    shaped = np.array(shape_pixels(pixels, size, augment, u, fill))
+    shaped = np.array(shape_pixels(pixels, size, augment, u, fill), order="C")
     recolor(shaped[None], augment, np.asarray(u)[None])
     return shaped
 
@@ -118,11 +118,12 @@ def _turned_crop(
 
 
 def recolor(pixels_nhwc: np.ndarray, augment: Augment, u_nd: np.ndarray) -> None:
-    """Change the colours of n images in place, each by its own numbers, float64 (n, DRAWS).
+    """Change the colours of n images in place, each by its own numbers, float64 (n, DRAWS or more).
 
     Brightness, contrast, saturation, grey and tint are one affine map of an image's colours, and one pass over them: a
     third of the time that Pillow takes image by image.
     """
+    assert pixels_nhwc.flags.c_contiguous  # or a copy would be changed
     brightness, contrast, saturation = (1 + augment.color * (2 * u_nd[:, 6:9] - 1)).T
     saturation = np.where(u_nd[:, 9] < augment.grayscale, 0.0, saturation)
     # u[10], stretched, gives the tint's first channel: it is uniform, given that it is below the probability.

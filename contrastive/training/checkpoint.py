@@ -48,7 +48,7 @@ class Snapshot:
     """A copy of a run between two steps, in memory that training does not touch.
 
     state: JSON, with "step". tensors: by file, without its suffix. parameters: names in "model" of what can learn.
-        Empty on every process but the main one, which writes.
+    All of it is empty on every process but the main one, which writes.
     """
 
     state: dict[str, Any] = field(default_factory=dict)

@@ -36,6 +36,8 @@ class Saver:
     def save(self, snapshot: Snapshot) -> None:
         """Begin to write `snapshot`."""
         self.finish()
+        if self.failed is not None:
+            return
         self.spare = snapshot
         # no daemon: Python waits for it at exit
         self._writing = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")

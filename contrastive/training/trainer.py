@@ -280,10 +280,12 @@ class Trainer:
                 raise UserError(faults[0])
             self.skips.add(self.step + 1, [one for _, rejected, _, _ in everyones for one in rejected])
         except Exception as error:
-            if self.step > self._saved_step and not unsaved:
+            if unsaved:
+                raise
+            if self.step > self._saved_step:
                 self._save()
-                self._finish_saving()
-            if self.step and not unsaved and isinstance(error, UserError):
+            self._finish_saving()  # or what follows may promise a checkpoint that was never whole
+            if self.step and isinstance(error, UserError):
                 raise type(error)(f"{error}. With --resume the run goes on from step {self.step}") from None
             raise
         return any(stop for stop, _, _, _ in everyones)
@@ -345,6 +347,7 @@ class Trainer:
 
     def _validate(self, tracker: Tracker, progress: Progress) -> None:
         assert self.validate is not None
+        self._finish_saving()  # a weight that is not finite is told here, not as what validation makes of it
         whole = self._whole()
         better, fault, watched = False, None, math.nan
         if self.accelerator.is_main_process:

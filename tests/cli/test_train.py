@@ -10,6 +10,7 @@ import pytest
 
 import contrastive
 from contrastive.cli import main
+from contrastive.pretrain import STOPPED
 from tests.tiny import write_corpus, write_recipe
 
 
@@ -93,6 +94,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(recipe, capsys, change, words):
     assert main(["train", *recipe, *change]) == 2
     lines = errors(capsys)
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
+
+
+def test_a_run_that_was_stopped_prints_the_command_to_go_on_with(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("contrastive.pretrain.pretrain", lambda *_, **__: None)
+    assert main(["train", *recipe, "train.steps=3", "--allow-pipe"]) == STOPPED
+    words = capsys.readouterr().out.split()
+    assert words[:5] == ["go", "on", "with:", "contrastive", "train"]
+    assert words[-3:] == ["train.steps=3", "--allow-pipe", "--resume"]
+
+
+def test_a_run_that_resumes_says_so_and_leaves_no_empty_folder(recipe, capsys):
+    assert main(["train", *recipe]) == 0
+    assert main(["train", *recipe, "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("resume  behind step") == 1
+    folder = Path(recipe[1].removeprefix("run.dir="))
+    assert (folder / "model").is_dir() and not (folder / "stacks").exists()
 
 
 def test_a_loss_that_is_no_number_stops_the_run(recipe, capsys):

@@ -88,8 +88,7 @@ def _rank(rank: int, world: int, port: int, folder: str, timeout: float, fn: Any
         if dist.is_initialized():  # what is tested may have ended it
             dist.barrier()  # nobody leaves while another still talks to it
             dist.destroy_process_group()
-    except SystemExit:  # what is tested ends with a code of its own
-        raise
-    except BaseException:
+    except BaseException as error:
         (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
-        raise SystemExit(1) from None
+        own = error.code if isinstance(error, SystemExit) else None  # what is tested may end with a code of its own
+        raise SystemExit(own or 1) from None

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,7 +8,7 @@ from PIL import Image
 
 from contrastive.errors import UserError
 from contrastive.shards import Augment, augment_pixels
-from contrastive.shards.augment import DRAWS
+from contrastive.shards.augment import DRAWS, TOGETHER, recolor
 
 HALF = [0.5] * DRAWS
 
@@ -99,15 +101,14 @@ def test_a_rotated_large_image_is_antialiased() -> None:
     assert abs(turned[8:24, 8:24].astype(int) - 127).max() <= 2
 
 
-@settings(max_examples=40, deadline=None)
-@given(u=st.lists(st.floats(0, 1, exclude_max=True), min_size=DRAWS, max_size=DRAWS))
-def test_colors_are_those_of_step_by_step_arithmetic(u: list[float]) -> None:
-    image = Image.fromarray(np.asarray(noise(10, 10)) // 4 + 90)  # far from black and white: nothing is clipped
-    strength = 0.2
-    x = np.asarray(image).astype(float)
+COLORS = Augment(ratio=1, color=0.2, grayscale=0.5, tint=0.5)
+
+
+def step_by_step(pixels: np.ndarray, u: Sequence[float]) -> np.ndarray:
+    """What `COLORS` make of an image, in float64, one change after the other."""
     luma = np.array([0.299, 0.587, 0.114])
-    brightness, contrast, saturation = (1 + strength * (2 * v - 1) for v in u[6:9])
-    x = x * brightness
+    brightness, contrast, saturation = (1 + 0.2 * (2 * v - 1) for v in u[6:9])
+    x = pixels.astype(float) * brightness
     x = (x - (x @ luma).mean()) * contrast + (x @ luma).mean()
     grey = (x @ luma)[..., None]
     x = grey + (x - grey) * saturation
@@ -115,8 +116,25 @@ def test_colors_are_those_of_step_by_step_arithmetic(u: list[float]) -> None:
         x = np.repeat((x @ luma)[..., None], 3, axis=2)
     if u[10] < 0.5:
         x = x * [1 - u[10], 1 - u[11] / 2, 1 - u[12] / 2]
-    result = np.asarray(augment_image(image, 10, Augment(ratio=1, color=strength, grayscale=0.5, tint=0.5), u))
-    assert abs(result - x).max() < 0.51  # half a step of rounding
+    return x
+
+
+@settings(max_examples=40, deadline=None)
+@given(u=st.lists(st.floats(0, 1, exclude_max=True), min_size=DRAWS, max_size=DRAWS))
+def test_colors_are_those_of_step_by_step_arithmetic(u: list[float]) -> None:
+    image = Image.fromarray(np.asarray(noise(10, 10)) // 4 + 90)  # far from black and white: nothing is clipped
+    result = np.asarray(augment_image(image, 10, COLORS, u))
+    assert abs(result - step_by_step(np.asarray(image), u)).max() < 0.51  # half a step of rounding
+
+
+@pytest.mark.parametrize("size", [12, 15])  # whole blocks of pixels, and none that divides
+def test_each_image_of_a_batch_is_changed_by_its_own_numbers(size: int) -> None:
+    random = np.random.default_rng(0)
+    before = random.integers(90, 150, (2 * TOGETHER + 5, size, size, 3), dtype=np.uint8)
+    after, u = before.copy(), random.random((len(before), DRAWS + 2))
+    recolor(after, COLORS, u)
+    for row in range(len(before)):
+        assert abs(after[row] - step_by_step(before[row], u[row].tolist())).max() < 0.51
 
 
 @pytest.mark.parametrize(

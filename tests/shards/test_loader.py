@@ -17,11 +17,14 @@ from contrastive.shards import (
     Record,
     Rejected,
     ShardIndex,
+    augment_pixels,
     open_index,
     resize_square,
     write_shards,
 )
+from contrastive.shards.augment import DRAWS
 from contrastive.shards.decode import decode_image
+from contrastive.shards.order import draws
 
 from .conftest import encoded, lengths, records
 
@@ -46,6 +49,17 @@ def test_a_batch_has_the_promised_shapes(shards: Shards) -> None:
     assert (batch.pixels.dtype, tuple(batch.pixels.shape)) == (torch.uint8, (4, 3, 12, 12))
     assert (batch.tokens.dtype, tuple(batch.tokens.shape)) == (torch.int64, (4, 2))
     assert (batch.ids.dtype, batch.valid.tolist(), batch.rejected) == (torch.int64, [True] * 4, [])
+
+
+def test_each_image_is_changed_by_the_numbers_of_its_epoch_and_sample(shards: Shards) -> None:
+    items = {item.key: item for item in records(10)}
+    for step, batch in enumerate(load(shards(list(items.values())))):
+        epochs = np.asarray([(4 * step + row) // 10 for row in range(4)])
+        numbers = draws(5, epochs, batch.samples.numpy(), DRAWS + 2)
+        for row, key in enumerate(batch.keys):
+            pixels = np.asarray(decode_image(items[key].image))
+            expected = augment_pixels(pixels, 12, STRONG, numbers[row].tolist())
+            assert np.array_equal(batch.pixels[row].permute(1, 2, 0).numpy(), expected)
 
 
 def test_rows_belong_together(shards: Shards) -> None:

@@ -1,15 +1,18 @@
 """How often checkpoints are written, which of them stay, and how a run that a scheduler starts again goes on."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from contrastive.build import build_every
 from contrastive.cli import main
 from contrastive.errors import UserError
 from contrastive.pretrain import pretrain
 from contrastive.training import Every
+from contrastive.training.checkpoint import Snapshot
 from contrastive.training.saver import Saver
 from tests.tiny import write_recipe
 
@@ -49,6 +52,7 @@ def saved(config) -> list[str]:
 def test_the_newest_those_of_every_so_many_steps_and_the_best_stay(make_config, monkeypatch):
     values = iter([0.1, 0.7, 0.3])
     monkeypatch.setattr("contrastive.pretrain.validation", lambda *_: lambda model: {"share": next(values)})
+    monkeypatch.setattr("contrastive.pretrain.SCALARS", ("share",))
     config = make_config(
         "checkpoint.every=1",
         "checkpoint.keep=1",
@@ -106,3 +110,24 @@ def test_overwrite_does_not_undo_what_a_restart_is_to_go_on_from(corpus, tmp_pat
     assert main([*command, "train.steps=8"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len([row for row in rows if "train/loss" in row]) == 8
+
+
+@pytest.mark.parametrize(("value", "parameters", "found"), [
+    ([1.0, math.nan], {"x"}, "x"),
+    ([1.0, math.inf], {"x"}, "x"),
+    ([-math.inf, 1.0], {"x"}, "x"),
+    ([1.0, math.nan], set(), "x"),  # a batch statistic
+    ([0.0, -math.inf], set(), None),  # a mask
+    ([], {"x"}, None),
+])  # fmt: skip
+def test_a_snapshot_names_what_must_not_be_saved(value, parameters, found):
+    tensors = {"model": {"fine": torch.ones(3), "count": torch.tensor(7), "x": torch.tensor(value)}}
+    assert Snapshot({"step": 1}, tensors, frozenset(parameters)).not_finite() == found
+
+
+def test_weights_that_are_not_finite_stop_the_run_ahead_of_its_validation(make_config):
+    options = ["optim.lr=1e39", "optim.clip=null", "optim.warmup=0"]
+    config = make_config(*options, "checkpoint.every=1", "eval.every=1", "checkpoint.keep_best=zeroshot/top1")
+    with pytest.raises(UserError, match="not finite after step 1; nothing was saved"):
+        pretrain(config, quiet=True)
+    assert not list((Path(config.run.dir) / "checkpoints").glob("*"))

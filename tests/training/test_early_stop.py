@@ -70,6 +70,7 @@ def shares(monkeypatch):
         return {"share": SHARES[place["step"]]}
 
     monkeypatch.setattr("contrastive.pretrain.validation", lambda *_: validate)
+    monkeypatch.setattr("contrastive.pretrain.SCALARS", ("share",))
     return start
 
 
@@ -195,7 +196,7 @@ def on_ranks(rank: int, world: int, corpus: Path, run_dir: Path) -> tuple[bool, 
     from contrastive.training import Trainer
 
     values = iter(SHARES.values())
-    room.validation = lambda *_: lambda model: {"share": next(values)}
+    room.validation, room.SCALARS = lambda *_: lambda model: {"share": next(values)}, ("share",)
     trainers = []
     made = Trainer.__init__
 

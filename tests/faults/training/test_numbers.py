@@ -92,3 +92,10 @@ def keys_of(run_dir: Path, rank: int, step: int) -> list[str]:
     path = run_dir / f"seen-{rank}.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [key for line in lines if line["step"] == step for key in line["keys"]]
+
+
+def test_a_weight_that_is_not_finite_stops_both_ranks_and_is_not_saved(tmp_path: Path, corpus: Path) -> None:
+    options = ["optim.lr=1e39", "optim.clip=null", "optim.warmup=0", "checkpoint.every=1"]
+    assert ends(2, tmp_path, corpus, *options) == [0, 0]
+    assert all("not finite after step 1; nothing was saved" in str(error) for error in errors(tmp_path))
+    assert not steps_saved(tmp_path)
