@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 # Before anything imports torch. Spawned processes inherit it.
@@ -12,3 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 settings.register_profile("contrastive", deadline=None)  # how long an example takes is no part of its result
 settings.load_profile("contrastive")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test goes first: at the end the other workers would have nothing to do beside it."""
+    items.sort(key=lambda item: item.name != "test_every_command_of_the_readme_runs")
