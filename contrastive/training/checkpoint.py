@@ -107,8 +107,11 @@ def take_snapshot(
             tensors["ema"] = average.state_dict()
     if accelerator.scaler is not None:
         state = {**state, "scaler": accelerator.scaler.state_dict()}
-    names = (name for name, _ in accelerator.unwrap_model(model).named_parameters())
-    snapshot = Snapshot(state, parameters=frozenset(names))
+    if spare is None:
+        parameters = frozenset(name for name, _ in accelerator.unwrap_model(model).named_parameters())
+    else:
+        parameters = spare.parameters
+    snapshot = Snapshot(state, parameters=parameters)
     for file, values in tensors.items():
         old = {} if spare is None else spare.tensors.get(file, {})
         snapshot.tensors[file] = {}
