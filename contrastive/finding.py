@@ -24,7 +24,8 @@ from contrastive.build import build_accelerator, build_data, build_model, build_
 from contrastive.config import Config
 from contrastive.errors import UserError
 from contrastive.losses import InfoNCE, fuse
-from contrastive.pretrain import check_losses, check_shards, frozen_features, settle_tokenizer, teachers_of
+from contrastive.preflight import check_losses, check_shards
+from contrastive.pretrain import frozen_features, settle_tokenizer, teachers_of
 from contrastive.training import adamw, check_chunkable
 from contrastive.training.memory import end_above, peak_bytes, reset_peak
 from contrastive.training.range_test import RangeTest, exponential_rates, range_test

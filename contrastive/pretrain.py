@@ -1,6 +1,6 @@
 """The main job from a recipe to a report: prepare the run folder, train, evaluate, write what was found.
 
-Read top to bottom, `pretrain` is the whole story; each line of it is a function below or in another room.
+Read top to bottom, `pretrain` is the whole story; each line of it is a function below, in `preflight`, or in another room.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,25 +30,31 @@ from contrastive.build import (
     wants_training,
 )
 from contrastive.builders.stages import build_curriculum
-from contrastive.config import Config, CustomLossConfig, DistillationConfig, dump_yaml, terms_of
+from contrastive.config import Config, DistillationConfig, dump_yaml, terms_of
 from contrastive.errors import UserError
 from contrastive.evaluation import (
-    SCALARS,
     Evaluation,
     Examples,
     StoredFeatures,
     evaluate_labelled,
     evaluate_pairs,
     format_results_table,
-    open_labelled,
-    read_templates,
     stored_features,
     write_report,
 )
-from contrastive.losses import CustomLoss, fuse
+from contrastive.losses import fuse
 from contrastive.models import TwoTower, load, reinitialised, save_model, train_tokenizer
+from contrastive.preflight import (
+    Resume,
+    check_labelled_sets,
+    check_losses,
+    check_metrics,
+    check_same_recipe,
+    check_shards,
+    find_start,
+    may_exist,
+)
 from contrastive.shards import Mixture, Rejected, ShardIndex, open_cache, open_index
-from contrastive.shards.storage import is_remote
 from contrastive.training import (
     LINE_EVERY_SECONDS,
     FinalModel,
@@ -60,8 +65,6 @@ from contrastive.training import (
     check_tracker_names,
     environment,
     exit_on_signal,
-    list_checkpoints,
-    newest_whole,
     read_metrics,
 )
 
@@ -71,8 +74,6 @@ WRITTEN = (
     "stacks", "metrics.jsonl", "rejected.jsonl", "results.json", "report.html", "tokenizer.json",
 )  # fmt: skip
 
-
-Resume = bool | Literal["if possible"]
 
 STOPPED = 75  # exit code, sysexits.h EX_TEMPFAIL: stopped by a signal with a checkpoint; run again with --resume
 TASK_NAMES = {"zeroshot": "zero-shot", "probe": "probes"}  # as the seconds of each part are headed
@@ -191,55 +192,6 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
             accelerator.wait_for_everyone()
 
 
-def check_same_recipe(config: Config, accelerator: Accelerator) -> None:
-    """Refuse processes of one run that were started with different recipes, seeds among them."""
-    recipes = gather_object([dump_yaml(config).splitlines()])
-    for rank, lines in enumerate(recipes):
-        if lines != recipes[0]:
-            first, other = next(
-                ((a, b) for a, b in zip_longest(recipes[0], lines, fillvalue="nothing") if a != b), ("", "")
-            )
-            raise UserError(
-                f"the processes were started with different recipes: '{first.strip()}' on process 0, "
-                f"'{other.strip()}' on process {rank}; give all of them the same recipe and overrides"
-            )
-
-
-def find_start(run_dir: Path, accelerator: Accelerator, *, resume: Resume, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from, None for a new run; nothing is written or deleted.
-
-    The main process looks for the newest one that is whole, and the others do as it does.
-    """
-    found: list[tuple[str | None, list[str], bool, bool]] = []
-    if accelerator.is_main_process:
-        folder = run_dir / "checkpoints"
-        newest, damaged = newest_whole(folder) if resume else (None, {})
-        faults = [f"{folder / name}: {fault}" for name, fault in damaged.items()]
-        started = (run_dir / "metrics.jsonl").exists() or bool(list_checkpoints(folder))
-        found = [(None if newest is None else str(newest), faults, started, bool(list_checkpoints(folder)))]
-    (whole, faults, started, saved) = gather_object(found)[0]
-    if whole is not None:
-        for fault in faults:
-            accelerator.print(f"warning: damaged checkpoint {fault}; going on from the one before, {whole}", flush=True)
-        return Path(whole)
-    if resume and faults:
-        raise UserError(
-            f"--resume: every checkpoint in {run_dir} is damaged ({'; '.join(faults)}); bring one back, or start again "
-            "with --overwrite"
-        )
-    if resume == "if possible" and not saved:
-        return None
-    if resume:
-        way = "start again with --overwrite" if started else "leave the option out to start"
-        raise UserError(f"--resume: {run_dir} has no checkpoint to go on from; {way}")
-    if started and not overwrite:
-        raise UserError(
-            f"run.dir: {run_dir} already holds a run; add --resume to go on, --overwrite to start again, "
-            "or run.dir=ANOTHER to keep both"
-        )
-    return None
-
-
 def clear(run_dir: Path) -> None:
     """Delete what an earlier run wrote to the folder, and nothing else."""
     for name in WRITTEN:
@@ -248,41 +200,6 @@ def clear(run_dir: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def check_shards(config: Config) -> None:
-    """Name the key of a folder that is not there, and what makes it."""
-    folders = [("data.train", folder) for folder in config.data.train_sets]
-    for key, folder in [*folders, ("data.validation", config.data.validation)]:
-        if folder is not None and not _may_exist(folder):
-            way = f"make it with `contrastive shard SOURCE {folder}`, shipped sets with `python data/SET/prepare.py`"
-            raise UserError(f"{key}: {folder} does not exist; {way}")
-
-
-def _may_exist(shards: str) -> bool:
-    """Whether shards lie there; a URL, a glob or a brace pattern is left to `open_index`."""
-    return Path(shards).exists() or is_remote(shards) or any(mark in shards for mark in "*?[{")
-
-
-def check_labelled_sets(config: Config) -> None:
-    """Open what the end of the run will need, so that a wrong path is told before hours of training."""
-    for labelled in config.eval.labelled:
-        read_templates(labelled.templates)
-        for path in (labelled.test, labelled.train if "probe" in labelled.tasks else None):
-            if path is not None:
-                open_labelled(path)
-
-
-def check_losses(config: Config) -> None:
-    """Import a loss of the user's own and look for teachers, before towers run over the data."""
-    for term in terms_of(config.loss):
-        if isinstance(term, CustomLossConfig):
-            CustomLoss(term.path, term.args)
-        if isinstance(term, DistillationConfig) and not Path(term.teacher).exists() and ":" not in term.teacher:
-            raise UserError(
-                f"loss.teacher: {term.teacher} does not exist; name a run folder, a model folder or an open_clip "
-                "model with its weights, NAME:TAG (without a tag its weights are random)"
-            )
 
 
 def settle_tokenizer(config: Config, data: Mixture, accelerator: Accelerator, kept: Path | None) -> str:
@@ -388,14 +305,6 @@ def validation(index: ShardIndex | None, workers: int) -> Callable[[Any], dict[s
     return validate
 
 
-def check_metrics(config: Config) -> None:
-    """Refuse the name of a number that no validation gives, before the first one."""
-    stop = None if config.eval.stop is None else config.eval.stop.metric
-    for key, name in (("checkpoint.keep_best", config.checkpoint.keep_best), ("eval.stop.metric", stop)):
-        if name is not None and name not in SCALARS:
-            raise UserError(f"{key}: {name!r}; validation gives {', '.join(sorted(SCALARS))}")
-
-
 def evaluate(
     config: Config,
     model: TwoTower,
@@ -473,7 +382,7 @@ def dry_run(config: Config) -> str:
     Raises:
         UserError: the model cannot be built as asked.
     """
-    found = all(_may_exist(folder) for folder in config.data.train_sets)
+    found = all(may_exist(folder) for folder in config.data.train_sets)
     choice, trained = wants_training(config), ""
     data = build_data(config) if found else None
     if data is not None:
@@ -496,7 +405,7 @@ def dry_run(config: Config) -> str:
     for split, folder in [*sets, ("validation", config.data.validation)]:
         if folder is None:
             lines.append(f"{split:12s} none")
-        elif _may_exist(folder):
+        elif may_exist(folder):
             lines.append(f"{split:12s} {folder}: {len(open_index(folder)):,} pairs")
         else:
             lines.append(f"{split:12s} {folder}: NOT FOUND; make it with `contrastive shard SOURCE {folder}`")

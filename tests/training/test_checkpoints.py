@@ -52,7 +52,7 @@ def saved(config) -> list[str]:
 def test_the_newest_those_of_every_so_many_steps_and_the_best_stay(make_config, monkeypatch):
     values = iter([0.1, 0.7, 0.3])
     monkeypatch.setattr("contrastive.pretrain.validation", lambda *_: lambda model: {"share": next(values)})
-    monkeypatch.setattr("contrastive.pretrain.SCALARS", ("share",))
+    monkeypatch.setattr("contrastive.preflight.SCALARS", ("share",))
     config = make_config(
         "checkpoint.every=1",
         "checkpoint.keep=1",

@@ -70,7 +70,7 @@ def shares(monkeypatch):
         return {"share": SHARES[place["step"]]}
 
     monkeypatch.setattr("contrastive.pretrain.validation", lambda *_: validate)
-    monkeypatch.setattr("contrastive.pretrain.SCALARS", ("share",))
+    monkeypatch.setattr("contrastive.preflight.SCALARS", ("share",))
     return start
 
 
@@ -192,11 +192,12 @@ def test_more_patience_takes_up_a_run_that_had_ended(make_config, shares) -> Non
 
 
 def on_ranks(rank: int, world: int, corpus: Path, run_dir: Path) -> tuple[bool, int]:
+    from contrastive import preflight
     from contrastive import pretrain as room
     from contrastive.training import Trainer
 
     values = iter(SHARES.values())
-    room.validation, room.SCALARS = lambda *_: lambda model: {"share": next(values)}, ("share",)
+    room.validation, preflight.SCALARS = lambda *_: lambda model: {"share": next(values)}, ("share",)
     trainers = []
     made = Trainer.__init__
 

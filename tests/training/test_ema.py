@@ -149,7 +149,7 @@ def test_validation_sees_the_average(make_config, monkeypatch) -> None:
         return {"share": 0.5}
 
     monkeypatch.setattr("contrastive.pretrain.validation", lambda *_: validate)
-    monkeypatch.setattr("contrastive.pretrain.SCALARS", ("share",))
+    monkeypatch.setattr("contrastive.preflight.SCALARS", ("share",))
     config = make_config(EMA, *EACH_STEP, "eval.every=3")
     pretrain(config, quiet=True)
     averages = files(config, "ema")

@@ -1,0 +1,111 @@
+"""What can be wrong with a run, looked at before the first thing is written or deleted."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from pathlib import Path
+from typing import Literal
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from contrastive.config import Config, CustomLossConfig, DistillationConfig, dump_yaml, terms_of
+from contrastive.errors import UserError
+from contrastive.evaluation import SCALARS, open_labelled, read_templates
+from contrastive.losses import CustomLoss
+from contrastive.shards.storage import is_remote
+from contrastive.training import list_checkpoints, newest_whole
+
+Resume = bool | Literal["if possible"]
+
+
+def check_same_recipe(config: Config, accelerator: Accelerator) -> None:
+    """Refuse processes of one run that were started with different recipes, seeds among them."""
+    recipes = gather_object([dump_yaml(config).splitlines()])
+    for rank, lines in enumerate(recipes):
+        if lines != recipes[0]:
+            first, other = next(
+                ((a, b) for a, b in zip_longest(recipes[0], lines, fillvalue="nothing") if a != b), ("", "")
+            )
+            raise UserError(
+                f"the processes were started with different recipes: '{first.strip()}' on process 0, "
+                f"'{other.strip()}' on process {rank}; give all of them the same recipe and overrides"
+            )
+
+
+def find_start(run_dir: Path, accelerator: Accelerator, *, resume: Resume, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from, None for a new run; nothing is written or deleted.
+
+    The main process looks for the newest one that is whole, and the others do as it does.
+    """
+    found: list[tuple[str | None, list[str], bool, bool]] = []
+    if accelerator.is_main_process:
+        folder = run_dir / "checkpoints"
+        newest, damaged = newest_whole(folder) if resume else (None, {})
+        faults = [f"{folder / name}: {fault}" for name, fault in damaged.items()]
+        started = (run_dir / "metrics.jsonl").exists() or bool(list_checkpoints(folder))
+        found = [(None if newest is None else str(newest), faults, started, bool(list_checkpoints(folder)))]
+    (whole, faults, started, saved) = gather_object(found)[0]
+    if whole is not None:
+        for fault in faults:
+            accelerator.print(f"warning: damaged checkpoint {fault}; going on from the one before, {whole}", flush=True)
+        return Path(whole)
+    if resume and faults:
+        raise UserError(
+            f"--resume: every checkpoint in {run_dir} is damaged ({'; '.join(faults)}); bring one back, or start again "
+            "with --overwrite"
+        )
+    if resume == "if possible" and not saved:
+        return None
+    if resume:
+        way = "start again with --overwrite" if started else "leave the option out to start"
+        raise UserError(f"--resume: {run_dir} has no checkpoint to go on from; {way}")
+    if started and not overwrite:
+        raise UserError(
+            f"run.dir: {run_dir} already holds a run; add --resume to go on, --overwrite to start again, "
+            "or run.dir=ANOTHER to keep both"
+        )
+    return None
+
+
+def check_shards(config: Config) -> None:
+    """Name the key of a folder that is not there, and what makes it."""
+    folders = [("data.train", folder) for folder in config.data.train_sets]
+    for key, folder in [*folders, ("data.validation", config.data.validation)]:
+        if folder is not None and not may_exist(folder):
+            way = f"make it with `contrastive shard SOURCE {folder}`, shipped sets with `python data/SET/prepare.py`"
+            raise UserError(f"{key}: {folder} does not exist; {way}")
+
+
+def may_exist(shards: str) -> bool:
+    """Whether shards lie there; a URL, a glob or a brace pattern is left to `open_index`."""
+    return Path(shards).exists() or is_remote(shards) or any(mark in shards for mark in "*?[{")
+
+
+def check_labelled_sets(config: Config) -> None:
+    """Open what the end of the run will need, so that a wrong path is told before hours of training."""
+    for labelled in config.eval.labelled:
+        read_templates(labelled.templates)
+        for path in (labelled.test, labelled.train if "probe" in labelled.tasks else None):
+            if path is not None:
+                open_labelled(path)
+
+
+def check_losses(config: Config) -> None:
+    """Import a loss of the user's own and look for teachers, before towers run over the data."""
+    for term in terms_of(config.loss):
+        if isinstance(term, CustomLossConfig):
+            CustomLoss(term.path, term.args)
+        if isinstance(term, DistillationConfig) and not Path(term.teacher).exists() and ":" not in term.teacher:
+            raise UserError(
+                f"loss.teacher: {term.teacher} does not exist; name a run folder, a model folder or an open_clip "
+                "model with its weights, NAME:TAG (without a tag its weights are random)"
+            )
+
+
+def check_metrics(config: Config) -> None:
+    """Refuse the name of a number that no validation gives, before the first one."""
+    stop = None if config.eval.stop is None else config.eval.stop.metric
+    for key, name in (("checkpoint.keep_best", config.checkpoint.keep_best), ("eval.stop.metric", stop)):
+        if name is not None and name not in SCALARS:
+            raise UserError(f"{key}: {name!r}; validation gives {', '.join(sorted(SCALARS))}")
