@@ -1,6 +1,7 @@
 """The main job from a recipe to a report: prepare the run folder, train, evaluate, write what was found.
 
-Read top to bottom, `pretrain` is the whole story; each line of it is a function below, in `preflight`, or in another room.
+Read top to bottom, `pretrain` is the whole story; each line of it is a function below, in `preflight`, or in
+another room.
 """
 
 from __future__ import annotations
