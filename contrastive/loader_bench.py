@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from contrastive.build import build_augment, build_data, build_model, token_cache, wants_training
+from contrastive.build import build_augment, build_data, build_model, token_cache, uses_compiled, wants_training
 from contrastive.config import Config
 from contrastive.errors import UserError
 from contrastive.models import OpenClipTokenizer, train_tokenizer
 from contrastive.shards import Augment, Mixture, PairLoader, Rejected, TokenCache, open_index
 from contrastive.shards.augment import DRAWS, recolor
+from contrastive.shards.compiled import recolor as recolor_compiled
 from contrastive.shards.decode import decode_pixels
 from contrastive.shards.render import render
 
@@ -55,7 +56,7 @@ def bench_shards(
     tokenizer = OpenClipTokenizer()
     yield from _bench(
         Mixture([open_index(shards)]), TokenCache(tokenizer, tokenizer.pad_id), tokenizer, size, BATCH,
-        Augment(crop=(0.9, 1.0)), decode, seconds, workers, None,
+        Augment(crop=(0.9, 1.0)), decode, False, seconds, workers, None,
     )  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def bench_recipe(config: Config, *, seconds: float, workers: list[int]) -> Itera
 
     yield from _bench(
         data, token_cache(model), model.tokenize, model.image_size, batch,
-        build_augment(config), config.data.decode, seconds, workers, step,
+        build_augment(config), config.data.decode, uses_compiled(config), seconds, workers, step,
     )  # fmt: skip
 
 
@@ -96,6 +97,7 @@ def _bench(
     batch: int,
     augment: Augment,
     decode: str,
+    compiled: bool,
     seconds: float,
     workers: list[int],
     step: Callable[[Any], int] | None,
@@ -134,7 +136,7 @@ def _bench(
                 pixels[row] = render(next(images), size, augment, u, decode=decode)
             except Rejected:
                 pass
-        recolor(pixels, augment, draws)
+        (recolor_compiled if compiled else recolor)(pixels, augment, draws)
         return len(draws)
 
     def tokenized() -> int:
@@ -157,7 +159,7 @@ def _bench(
     for count in workers:
         loader = PairLoader(
             data, tokenize=cached, image_size=size, augment=augment, global_batch=min(batch, len(data)),
-            workers=count, decode=decode,
+            workers=count, decode=decode, compiled=compiled,
         )  # fmt: skip
         batches = iter(loader)
         example = next(batches)

@@ -28,6 +28,7 @@ from contrastive.build import (
     build_model,
     build_trainer,
     check_batch,
+    has_work_for_compiled,
     wants_training,
 )
 from contrastive.builders.stages import build_curriculum
@@ -55,7 +56,7 @@ from contrastive.preflight import (
     find_start,
     may_exist,
 )
-from contrastive.shards import Mixture, Rejected, ShardIndex, open_cache, open_index
+from contrastive.shards import Mixture, Rejected, ShardIndex, open_cache, open_index, why_not_compiled
 from contrastive.training import (
     LINE_EVERY_SECONDS,
     FinalModel,
@@ -227,7 +228,7 @@ def settle_tokenizer(config: Config, data: Mixture, accelerator: Accelerator, ke
 
 
 def summary(config: Config, model: TwoTower, data: Mixture, accelerator: Accelerator) -> str:
-    """What is about to run, in three lines."""
+    """What is about to run, in three lines; a fourth where it could be faster."""
 
     def millions(module: Any) -> str:
         parameters = list(module.parameters())
@@ -238,6 +239,9 @@ def summary(config: Config, model: TwoTower, data: Mixture, accelerator: Acceler
     sets = list(config.data.train_sets)
     if len(sets) > 1:
         sets = [f"{path} ({weight}x)" for path, weight in zip(sets, data.weights, strict=True)]
+    slower = ""
+    if config.data.compiled == "auto" and has_work_for_compiled(config) and why_not_compiled() is not None:
+        slower = f"\nloader  makes pixels without compiled code, slower: {why_not_compiled()}"
     return (
         f"model   image tower {millions(model.image)}, text tower {millions(model.text)} parameters; "
         f"{model.image_size} px, {model.dim} dimensions\n"
@@ -245,7 +249,7 @@ def summary(config: Config, model: TwoTower, data: Mixture, accelerator: Acceler
         f"{f' = {world} processes x {batch // world}' if world > 1 else ''}, "
         f"{data.epoch_size / batch:.1f} steps an epoch\n"
         f"run     {config.run.dir} on {accelerator.device}, precision {accelerator.mixed_precision}, "
-        f"loss {' + '.join(term.kind for term in terms_of(config.loss))}"
+        f"loss {' + '.join(term.kind for term in terms_of(config.loss))}{slower}"
     )
 
 

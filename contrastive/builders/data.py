@@ -11,7 +11,7 @@ from contrastive.errors import UserError
 from contrastive.models import (
     TwoTower,
 )
-from contrastive.shards import Augment, Mixture, TokenCache, open_index
+from contrastive.shards import Augment, Mixture, TokenCache, compile_pixels, open_index, why_not_compiled
 from contrastive.training import (
     check_share,
 )
@@ -42,6 +42,25 @@ def token_cache(model: TwoTower, context: int | None = None) -> TokenCache:
 def build_augment(config: Config) -> Augment:
     """The augmentation of a recipe."""
     return Augment(**config.data.augment.model_dump())
+
+
+def uses_compiled(config: Config) -> bool:
+    """Whether the loader has pixels made by compiled code.
+
+    Raises:
+        UserError: the recipe insists on that, and it cannot be had here.
+    """
+    if config.data.compiled is True:
+        compile_pixels()
+    return config.data.compiled is not False and has_work_for_compiled(config) and why_not_compiled() is None
+
+
+def has_work_for_compiled(config: Config) -> bool:
+    """Whether there is anything in a batch that compiled code makes."""
+    change = config.data.augment
+    return config.data.cache == "pixels" or (config.data.cache == "none" and (
+        change.color > 0 or change.grayscale > 0 or change.tint > 0
+    ))  # fmt: skip
 
 
 def check_batch(config: Config, data: Mixture) -> None:

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from numpy.typing import NDArray
 from torch import nn
 
-from contrastive.builders.data import build_augment, check_batch, token_cache
+from contrastive.builders.data import build_augment, check_batch, token_cache, uses_compiled
 from contrastive.builders.loss import Teacher, build_loss
 from contrastive.builders.model import towers_of
 from contrastive.builders.spans import build_duration, build_every, build_schedule, build_unfreezing
@@ -134,6 +134,7 @@ def build_trainer(
             decode=config.data.decode,
             caption_variants=config.data.caption_variants,
             cache=config.data.cache == "pixels",
+            compiled=uses_compiled(config),
             **place,
         )
 

@@ -252,6 +252,11 @@ class DataConfig(Block):
         min_length=1,
         description="the folder that keeps features of teachers and of locked towers; null: features, beside run.dir",
     )
+    compiled: Literal["auto"] | bool = Field(
+        "auto",
+        description="colours, and crops of cached pixels, by code that is compiled for this machine (once, a second, "
+        "wants a C compiler): the same pixels, faster; auto: where that is possible",
+    )
     caption_variants: Share = Field(0.0, description="probability of drawing one of a sample's further captions")
     augment: AugmentConfig = AugmentConfig()
 

@@ -3,6 +3,7 @@
 from contrastive.shards.augment import Augment, augment_pixels
 from contrastive.shards.batch import Batch, Rejection
 from contrastive.shards.cache import open_cache
+from contrastive.shards.compiled import compile_pixels, why_not_compiled
 from contrastive.shards.decode import decode_image, resize_square
 from contrastive.shards.features import FeatureLoader
 from contrastive.shards.filters import Filters, Transform
@@ -33,6 +34,7 @@ __all__ = [
     "Transform",
     "augment_pixels",
     "caption_id",
+    "compile_pixels",
     "decode_image",
     "image_extension",
     "make_shards",
@@ -42,5 +44,6 @@ __all__ = [
     "open_index",
     "open_source",
     "resize_square",
+    "why_not_compiled",
     "write_shards",
 ]

@@ -13,7 +13,7 @@ from contrastive.errors import UserError
 
 DRAWS = 13  # uniform numbers that one image takes
 TOGETHER, SIDE = 16, 16  # images whose colours are changed at a time, and pixels of each that stand side by side
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's greyscale
+_LUMA_1000 = (299, 587, 114)  # thousandths: ITU-R 601, as PIL's greyscale
 
 
 @dataclass(frozen=True)
@@ -121,34 +121,64 @@ def recolor(pixels_nhwc: np.ndarray, augment: Augment, u_nd: np.ndarray) -> None
     """Change the colours of n images in place, each by its own numbers, float64 (n, DRAWS or more).
 
     Brightness, contrast, saturation, grey and tint are one affine map of an image's colours, and one pass over them: a
-    third of the time that Pillow takes image by image.
+    third of the time that Pillow takes image by image. Its sums are whole numbers, so that they are the same in any
+    order, on any machine, and in compiled code.
     """
     assert pixels_nhwc.flags.c_contiguous  # or a copy would be changed
-    brightness, contrast, saturation = (1 + augment.color * (2 * u_nd[:, 6:9] - 1)).T
-    saturation = np.where(u_nd[:, 9] < augment.grayscale, 0.0, saturation)
-    # u[10], stretched, gives the tint's first channel: it is uniform, given that it is below the probability.
-    drawn = np.stack([u_nd[:, 10] / (augment.tint or 1.0), u_nd[:, 11], u_nd[:, 12]], axis=1)
-    tint = np.where(u_nd[:, 10:11] < augment.tint, 1 - drawn / 2, 1.0)
-    if (brightness == 1).all() and (contrast == 1).all() and (saturation == 1).all() and (tint == 1).all():
+    maps = color_maps(augment, u_nd)
+    if maps is None:
         return
-    # rows: channels of the result
-    matrix = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * np.array(_LUMA)
-    matrix *= (tint * (brightness * contrast)[:, None])[:, :, None]
-    level = tint * ((1 - contrast) * brightness)[:, None]  # times the mean brightness, which contrast turns about
     # Products of three numbers are too short to be quick: several pixels stand side by side, each with its own block.
     # Few images at a time stay in a core's cache.
     count = len(pixels_nhwc)
     side = math.gcd(pixels_nhwc[0].size // 3, SIDE)
     blocks = torch.zeros(min(count, TOGETHER), side, 3, side, 3)
     own = blocks.diagonal(dim1=1, dim2=3)  # (n, channel, channel of the result, pixel)
-    matrix_n33 = torch.from_numpy(matrix).float().mT[..., None]
+    matrix_n33 = torch.from_numpy(maps.matrix).float().mT[..., None]
     colors = pixels_nhwc.reshape(count, -1, 3 * side)
     for start in range(0, count, TOGETHER):
         some = slice(start, min(start + TOGETHER, count))
         n = some.stop - start
         before = torch.from_numpy(colors[some]).float()
-        mean = before.mean(dim=1).view(n, side, 3).mean(dim=1).double().numpy() @ _LUMA
-        offset = torch.from_numpy(level[some] * mean[:, None] + 0.5).float()  # bytes are cut off, not rounded
+        sums = before.sum(dim=1, dtype=torch.float64).view(n, side, 3).sum(dim=1).numpy()
+        offset = torch.from_numpy(maps.offset(sums, colors[0].size // 3, some)).float()
         own[:n] = matrix_n33[some]
         after = torch.baddbmm(offset.repeat(1, side)[:, None], before, blocks[:n].view(n, 3 * side, 3 * side))
-        np.copyto(colors[some], after.clamp_(0, 255).numpy(), casting="unsafe")
+        np.copyto(colors[some], after.mul_(0.5**maps.bits).clamp_(0, 255).numpy(), casting="unsafe")  # cuts off
+
+
+@dataclass(frozen=True)
+class ColorMaps:
+    """What colours of n images become: ``(matrix @ color + offset) / 2 ** bits``, cut off to a byte.
+
+    matrix: int32 (n, 3, 3), rows are channels of the result. level: float64 (n, 3), what each channel gains for each
+    step of the image's mean brightness, which contrast turns about.
+    """
+
+    matrix: np.ndarray
+    level: np.ndarray
+    bits: int
+
+    def offset(self, sums: np.ndarray, count: int, some: slice) -> np.ndarray:
+        """float64 (n, 3) of whole numbers, from the sums of the channels of some of the images, of `count` pixels."""
+        mean = sums @ np.array(_LUMA_1000, np.float64) / (1000.0 * count)
+        return np.rint(self.level[some] * mean[:, None] * 2**self.bits) + 2 ** (self.bits - 1)  # for half a step
+
+
+def color_maps(augment: Augment, u_nd: np.ndarray) -> ColorMaps | None:
+    """The colour changes that the numbers give n images; None for none at all."""
+    brightness, contrast, saturation = (1 + augment.color * (2 * u_nd[:, 6:9] - 1)).T
+    saturation = np.where(u_nd[:, 9] < augment.grayscale, 0.0, saturation)
+    # u[10], stretched, gives the tint's first channel: it is uniform, given that it is below the probability.
+    drawn = np.stack([u_nd[:, 10] / (augment.tint or 1.0), u_nd[:, 11], u_nd[:, 12]], axis=1)
+    tint = np.where(u_nd[:, 10:11] < augment.tint, 1 - drawn / 2, 1.0)
+    if (brightness == 1).all() and (contrast == 1).all() and (saturation == 1).all() and (tint == 1).all():
+        return None
+    luma = np.array(_LUMA_1000) / 1000
+    matrix = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * luma
+    matrix *= (tint * (brightness * contrast)[:, None])[:, :, None]
+    # float32 holds whole numbers up to 2^24 exactly: as fine as that leaves for the largest sum that there can be
+    strongest = 1 + augment.color
+    largest = 255 * strongest * (strongest * (1 + 2 * augment.color) + 2 * augment.color) + 1
+    bits = int(math.log2(2**24 / largest))
+    return ColorMaps(np.rint(matrix * 2**bits).astype(np.int32), tint * ((1 - contrast) * brightness)[:, None], bits)

@@ -12,6 +12,8 @@ from contrastive.errors import UserError
 from contrastive.shards.augment import DRAWS, Augment, recolor
 from contrastive.shards.batch import Batch, Rejection
 from contrastive.shards.cache import open_cache
+from contrastive.shards.compiled import recolor as recolor_compiled
+from contrastive.shards.compiled import shape_cached
 from contrastive.shards.index import ShardIndex, caption_id
 from contrastive.shards.mixture import MixedOrder, Mixture, as_mixture
 from contrastive.shards.order import draws, local_batch
@@ -19,7 +21,7 @@ from contrastive.shards.record import Rejected
 from contrastive.shards.render import render, render_pixels
 from contrastive.shards.workers import from_workers, new_bytes
 
-VERSION = 3  # of the order, of the numbers drawn and of what they do: a change of either must not pass for the same run
+VERSION = 4  # of the order, of the numbers drawn and of what they do: a change of either must not pass for the same run
 Tokenize = Callable[[list[str]], Any]
 
 
@@ -38,6 +40,7 @@ class PairLoader:
     cache: decode every image once, and keep the pixels beside the shards (images of one size only).
     decode: see `render`.
     mean_fill: grey value of the corners that a rotation uncovers.
+    compiled: the same pixels by compiled code, see `compile_pixels`, which is called before.
 
     Every number drawn for a sample depends on (seed, epoch, sample) only: never on workers, processes or the
     start. A sample that cannot be used keeps its place, see `Batch`. Raises UserError for a batch that does not divide,
@@ -64,6 +67,7 @@ class PairLoader:
         cache: bool = False,
         decode: str = "exact",
         mean_fill: int = 255,
+        compiled: bool = False,
     ) -> None:
         if not 0 <= caption_variants <= 1:
             raise UserError(f"caption_variants {caption_variants}: give a probability from 0 to 1")
@@ -79,7 +83,7 @@ class PairLoader:
         }
         self.identity: dict[str, Any] = {**self.place.identity, "transform": transform}
         self._room = global_batch // world * image_size * image_size * 3  # bytes of a batch's pixels
-        self._items = _Steps(self.mixture, self.place, tokenize, transform, augment, cache)
+        self._items = _Steps(self.mixture, self.place, tokenize, transform, augment, cache, compiled)
 
     def state(self, step: int) -> dict[str, Any]:
         """All that the batches from this step on depend on, as JSON; see `Place.state`."""
@@ -134,11 +138,14 @@ class _Steps:
         transform: dict[str, Any],
         augment: Augment | None,
         cache: bool,
+        compiled: bool,
     ) -> None:
         self.mixture, self.place, self.tokenize, self.augment = mixture, place, tokenize, augment
         self.seed, self.size, self.fill = place.identity["seed"], transform["image_size"], transform["mean_fill"]
         self.caption_variants, self.decode = transform["caption_variants"], transform["decode"]
         self.caches = [open_cache(part) for part in mixture.parts] if cache else None
+        self.recolor = recolor_compiled if compiled else recolor
+        self.at_once = compiled and cache and augment is not None and augment.rotate == 0
 
     def __getitem__(self, step: int) -> Batch:
         epochs, samples = self.place.at(step)
@@ -150,10 +157,14 @@ class _Steps:
         ids = self.mixture.ids[samples]
         keys = [self.mixture.key(i) for i in samples.tolist()]
         rejected = []
+        if self.at_once:
+            self._shape_cached(pixels, samples, numbers)
         for row, (sample, u) in enumerate(zip(samples.tolist(), numbers.tolist(), strict=True)):
             try:
                 variant = self._variant(sample, u[DRAWS], u[DRAWS + 1])
-                pixels[row], first = self._pair(sample, u)
+                shaped, first = self._pair(sample, u)
+                if shaped is not None:
+                    pixels[row] = shaped
                 captions[row] = first if variant is None else variant
             except Rejected as fault:
                 pixels[row], captions[row] = 0, ""
@@ -163,7 +174,7 @@ class _Steps:
                 ids[row] = caption_id(variant)
             valid[row] = True
         if self.augment is not None:
-            recolor(pixels, self.augment, numbers)
+            self.recolor(pixels, self.augment, numbers)
         return Batch(
             pixels=pixels_nhwc.permute(0, 3, 1, 2),
             tokens=torch.as_tensor(self.tokenize(captions), dtype=torch.int64),
@@ -174,8 +185,14 @@ class _Steps:
             rejected=rejected,
         )
 
-    def _pair(self, sample: int, u: list[float]) -> tuple[np.ndarray, str]:
-        """Pixels and first caption of a sample."""
+    def _shape_cached(self, pixels: np.ndarray, samples: np.ndarray, numbers: np.ndarray) -> None:
+        assert self.caches is not None and self.augment is not None
+        for cache, first, end in zip(self.caches, self.mixture.offsets[:-1], self.mixture.offsets[1:], strict=True):
+            own = (first <= samples) & (samples < end)
+            shape_cached(cache.pixels, np.where(own, samples - first, -1), self.augment, numbers, pixels)
+
+    def _pair(self, sample: int, u: list[float]) -> tuple[np.ndarray | None, str]:
+        """Pixels and first caption of a sample; None for pixels that are in the batch already."""
         if self.caches is None:
             image, caption = self.mixture.pair(sample)
             return render(image, self.size, self.augment, u, self.fill, self.decode), caption
@@ -183,7 +200,10 @@ class _Steps:
         cache = self.caches[part]
         if i in cache.rejected:
             raise Rejected(cache.rejected[i])
-        return render_pixels(cache.pixels[i], self.size, self.augment, u, self.fill), self.mixture.caption(sample)
+        caption = self.mixture.caption(sample)
+        if self.at_once:
+            return None, caption
+        return render_pixels(cache.pixels[i], self.size, self.augment, u, self.fill), caption
 
     def _variant(self, sample: int, chance: float, which: float) -> str | None:
         """One of the sample's further captions, with the wanted probability; None for its first one."""

@@ -13,6 +13,7 @@ from contrastive.errors import UserError
 from contrastive.shards import (
     Augment,
     Batch,
+    Mixture,
     PairLoader,
     Record,
     Rejected,
@@ -20,6 +21,7 @@ from contrastive.shards import (
     augment_pixels,
     open_index,
     resize_square,
+    why_not_compiled,
     write_shards,
 )
 from contrastive.shards.augment import DRAWS
@@ -32,7 +34,10 @@ Shards = Callable[..., ShardIndex]
 STRONG = Augment((0.4, 1), flip=0.5, rotate=20, color=0.4, grayscale=0.2, tint=0.3)
 
 
-def load(index: ShardIndex, **options: Any) -> list[Batch]:
+needs_compiler = pytest.mark.skipif(why_not_compiled() is not None, reason=f"{why_not_compiled()}")
+
+
+def load(index: ShardIndex | Mixture, **options: Any) -> list[Batch]:
     defaults: dict[str, Any] = {"image_size": 12, "augment": STRONG, "global_batch": 4, "seed": 5, "steps": 6}
     return list(PairLoader(index, tokenize=lengths, **{**defaults, **options}))
 
@@ -191,6 +196,25 @@ def test_the_cache_gives_the_pixels_of_decoding(shards: Shards, augment: Augment
     assert joined(plain) == joined(cached)
     assert [b.rejected for b in plain] == [b.rejected for b in cached]
     assert joined(load(index, augment=augment, cache=True, workers=1)) == joined(plain)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rotate", [0, 20])  # what rotates is not for it
+@pytest.mark.parametrize("workers", [0, 1])
+def test_compiled_code_gives_the_batches_of_the_plain_one(shards: Shards, rotate: float, workers: int) -> None:
+    items = records(8)
+    items[3] = replace(items[3], image=encoded(3)[:200])
+    sets = Mixture([shards(items), shards(records(5, size=(9, 30)), "others")], [2, 1])
+    options: dict[str, Any] = {"augment": replace(STRONG, rotate=rotate), "cache": True}
+    plain, compiled = load(sets, **options), load(sets, compiled=True, workers=workers, **options)
+    assert joined(plain) == joined(compiled)
+    assert sum(map(len, (b.rejected for b in plain))) and [b.rejected for b in plain] == [b.rejected for b in compiled]
+
+
+@needs_compiler
+def test_compiled_colors_of_decoded_images_are_those_of_the_plain_ones(shards: Shards) -> None:
+    index = shards(records(8))
+    assert joined(load(index, compiled=True)) == joined(load(index))
 
 
 def test_the_cache_is_built_once(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
