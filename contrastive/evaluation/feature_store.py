@@ -118,6 +118,7 @@ def _fill(
             for kind, rows in zip(KINDS, (found.image, found.text), strict=True):
                 _put_in_place(folder / f".{kind}.npy", rows, read, offset, len(data))
     try:
+        wait_for_ranks()  # each has opened what the main one deletes
         if main:
             for kind in KINDS:
                 os.replace(folder / f".{kind}.npy", folder / f"{kind}.npy")

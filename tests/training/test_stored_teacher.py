@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -262,3 +263,19 @@ def test_ranks_share_the_work_and_all_read_it(corpus, tmp_path, teachers):
     (folder,) = stores(tmp_path)
     expected = embed(load(teachers[0]), open_index(corpus / "shards"))
     np.testing.assert_allclose(np.load(folder / "image.npy"), expected.image, atol=1e-6)
+
+
+def with_a_late_reader(rank: int, world: int, corpus: Path, folder: Path, teacher: Path) -> int:
+    mapped = stored._mapped
+
+    def late(file: Path) -> np.ndarray:
+        time.sleep(1.0)
+        return mapped(file)
+
+    if rank == 1:
+        stored._mapped = late
+    return on_ranks(rank, world, corpus, folder, teacher)
+
+
+def test_what_a_late_rank_has_still_to_read_is_not_deleted(corpus, tmp_path, teachers):
+    assert run_ranks(2, with_a_late_reader, corpus, tmp_path, teachers[0]) == [16, 24]
