@@ -9,12 +9,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { AHEAD = 1 << 15 }; /* bytes that are fetched while the image before is at work: they stay in the cache */
 enum { LANES = 16, TOGETHER = 4 }; /* sums at a time: of 16 bytes of a row, or of a pixel's 4 bytes in 4 rows */
 
-/* For each of `out` pixels along one axis: which pixels it is made of, and by which weights. */
+/* What pixels along one axis are made of: pixel i of first[i] and those behind it, by `pairs` pairs of weights over
+ * 2^bits; those beyond the last one that counts are 0. */
 typedef struct {
-  int first, count;
-  int16_t *weight;
+  int pairs, bits;
+  int32_t *first, *weights; /* a pair in one: the second times 2^16, plus the first without its sign */
 } Taps;
 
 /* Keys' cubic (1981) with a = -1/2, as Pillow's and torch's antialiased resize. */
@@ -31,43 +33,53 @@ static int most_taps(int in, int out) {
   return (int)ceil(scale >= 1.0 ? 2.0 * scale : 2.0) * 2 + 1;
 }
 
-/* Weights as integers over 2^bits, which is returned: the finest that the largest of them leaves in 16 bits. */
-static int make_taps(int in, int out, int most, Taps *taps, int16_t *weights, double *exact) {
+/* Integer weights, the finest that the largest of them leaves in 16 bits. Returns 0, or 1 without memory. */
+static int make_taps(int in, int out, Taps *taps) {
+  const int most = most_taps(in, out);
   const double scale = (double)in / out;
   const double support = scale >= 1.0 ? 2.0 * scale : 2.0, shrink = scale >= 1.0 ? 1.0 / scale : 1.0;
-  double largest = 0.0;
-  for (int i = 0; i < out; ++i) {
+  double *exact = calloc((size_t)out * (most + 1), sizeof *exact), largest = 0.0;
+  taps->first = malloc(out * sizeof *taps->first);
+  int longest = 1;
+  for (int i = 0; i < out && exact && taps->first; ++i) {
     const double center = scale * (i + 0.5);
     const int64_t first = (int64_t)(center - support + 0.5), last = (int64_t)(center + support + 0.5);
-    taps[i].first = first > 0 ? (int)first : 0;
-    taps[i].count = (int)(last < in ? last : in) - taps[i].first;
-    if (taps[i].count > most) taps[i].count = most;
-    taps[i].weight = weights + (size_t)i * most;
-    double total = 0.0, *own = exact + (size_t)i * most;
-    for (int j = 0; j < taps[i].count; ++j) total += own[j] = cubic((j + taps[i].first - center + 0.5) * shrink);
-    for (int j = 0; j < taps[i].count; ++j) {
+    const int begin = first > 0 ? (int)first : 0, wanted = (int)(last < in ? last : in) - begin;
+    const int count = wanted < most ? wanted : most;
+    double total = 0.0, *own = exact + (size_t)i * (most + 1);
+    for (int j = 0; j < count; ++j) total += own[j] = cubic((j + begin - center + 0.5) * shrink);
+    for (int j = 0; j < count; ++j) {
       if (total != 0.0) own[j] /= total;
       if (own[j] > largest) largest = own[j];
     }
+    taps->first[i] = begin;
+    if (count > longest) longest = count;
   }
-  int bits = 0;
-  while (bits < 22 && (int)(0.5 + largest * (1 << (bits + 1))) < (1 << 15)) ++bits;
-  for (int i = 0; i < out; ++i)
-    for (int j = 0; j < taps[i].count; ++j) {
-      const double scaled = exact[(size_t)i * most + j] * (1 << bits);
-      taps[i].weight[j] = (int16_t)(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
+  taps->bits = 0;
+  while (taps->bits < 22 && (int)(0.5 + largest * (1 << (taps->bits + 1))) < (1 << 15)) ++taps->bits;
+  taps->pairs = (longest + 1) / 2;
+  taps->weights = malloc((size_t)out * taps->pairs * sizeof *taps->weights);
+  const int failed = !exact || !taps->first || !taps->weights;
+  for (int i = 0; i < out && !failed; ++i)
+    for (int j = 0; j < taps->pairs; ++j) {
+      int rounded[2];
+      for (int k = 0; k < 2; ++k) {
+        const double scaled = exact[(size_t)i * (most + 1) + 2 * j + k] * (1 << taps->bits);
+        rounded[k] = (int)(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
+      }
+      taps->weights[(size_t)i * taps->pairs + j] = (uint16_t)rounded[0] | rounded[1] * 65536;
     }
-  return bits;
+  free(exact);
+  return failed;
 }
 
-/* LANES sums of `count` runs of bytes, `apart` from each other, each times its weight; 0 ... 255, rounded. */
-static inline __m128i weigh(const uint8_t *from, size_t apart, const int16_t *weight, int count, int bits) {
+/* LANES sums of pairs of runs of bytes, `apart` from each other, each times its weight; 0 ... 255, rounded. */
+static inline __m128i weigh(const uint8_t *from, size_t apart, const int32_t *weights, int pairs, int bits) {
   __m256i low = _mm256_set1_epi32(1 << (bits - 1)), high = low;
-  for (int j = 0; j < count; j += 2, from += 2 * apart) { /* two at a time: one instruction sums pairs of products */
-    const int paired = j + 1 < count;
+  for (int j = 0; j < pairs; ++j, from += 2 * apart) { /* one instruction sums pairs of products */
     const __m128i one = _mm_loadu_si128((const __m128i *)from);
-    const __m128i other = paired ? _mm_loadu_si128((const __m128i *)(from + apart)) : _mm_setzero_si128();
-    const __m256i both = _mm256_set1_epi32((uint16_t)weight[j] | (paired ? weight[j + 1] * 65536 : 0));
+    const __m128i other = _mm_loadu_si128((const __m128i *)(from + apart));
+    const __m256i both = _mm256_set1_epi32(weights[j]);
     low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(one, other)), both));
     high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_unpackhi_epi8(one, other)), both));
   }
@@ -78,23 +90,49 @@ static inline __m128i weigh(const uint8_t *from, size_t apart, const int16_t *we
   return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 
-/* A crop of an image whose rows are `pitch` bytes: groups of TOGETHER rows, whose pixels of a column lie together. */
-static void cut_out(const uint8_t *image, size_t pitch, const int *box, uint8_t *crop) {
+/* A crop of an image whose rows are `pitch` bytes: groups of TOGETHER rows, whose pixels of a column lie together.
+ * Rows and columns behind it, which weigh nothing, stay what they are. */
+static void cut_out(const uint8_t *image, size_t pitch, const int *box, uint8_t *crop, size_t group) {
   const int width = box[2], height = box[3];
+  const __m128i spread = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
   image += box[1] * pitch + 3 * box[0];
-  for (int row = 0; row < height; ++row, image += pitch) {
-    uint8_t *to = crop + (size_t)(row / TOGETHER) * width * LANES + row % TOGETHER * 4;
-    for (int x = 0; x < width; ++x) memcpy(to + (size_t)x * LANES, image + 3 * x, 3);
+  int row = 0;
+  for (; row + TOGETHER <= height; row += TOGETHER, image += TOGETHER * pitch, crop += group) {
+    int x = 0;
+    for (; x + 6 <= width; x += 4) { /* 16 bytes of each row, of which 12 are four pixels, and the rest is its own too */
+      __m128i r[TOGETHER];
+      for (int k = 0; k < TOGETHER; ++k)
+        r[k] = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(image + k * pitch + 3 * x)), spread);
+      const __m128i a = _mm_unpacklo_epi32(r[0], r[1]), b = _mm_unpacklo_epi32(r[2], r[3]);
+      const __m128i c = _mm_unpackhi_epi32(r[0], r[1]), d = _mm_unpackhi_epi32(r[2], r[3]);
+      __m128i *to = (__m128i *)(crop + (size_t)x * LANES);
+      _mm_storeu_si128(to, _mm_unpacklo_epi64(a, b)), _mm_storeu_si128(to + 1, _mm_unpackhi_epi64(a, b));
+      _mm_storeu_si128(to + 2, _mm_unpacklo_epi64(c, d)), _mm_storeu_si128(to + 3, _mm_unpackhi_epi64(c, d));
+    }
+    for (; x < width; ++x)
+      for (int k = 0; k < TOGETHER; ++k) memcpy(crop + (size_t)x * LANES + 4 * k, image + k * pitch + 3 * x, 3);
   }
+  for (int k = 0; row < height; ++row, ++k, image += pitch)
+    for (int x = 0; x < width; ++x) memcpy(crop + (size_t)x * LANES + 4 * k, image + 3 * x, 3);
 }
 
 static inline void store_pixel(int rgb, uint8_t *to) { memcpy(to, &rgb, 2), to[2] = (uint8_t)(rgb >> 16); }
 
-static void resize_columns(const uint8_t *crop, int width, int rows, const Taps *taps, int bits, int out, int mirror,
-                           uint8_t *to, int pitch) {
-  for (int row = 0; row < rows; row += TOGETHER, crop += (size_t)width * LANES, to += (size_t)TOGETHER * pitch)
+/* With the number of pairs known to the compiler, for those that are met most. */
+#define FOR_PAIRS(pairs, call)   \
+  switch (pairs) {               \
+    case 2: call(2); break;      \
+    case 3: call(3); break;      \
+    case 4: call(4); break;      \
+    default: call(pairs); break; \
+  }
+
+static inline void columns(const uint8_t *crop, size_t group, int rows, const Taps *taps, const int pairs, int out,
+                           int mirror, uint8_t *to, int pitch) {
+  for (int row = 0; row < rows; row += TOGETHER, crop += group, to += (size_t)TOGETHER * pitch)
     for (int x = 0; x < out; ++x) {
-      const __m128i four = weigh(crop + (size_t)taps[x].first * LANES, LANES, taps[x].weight, taps[x].count, bits);
+      const uint8_t *from = crop + (size_t)taps->first[x] * LANES;
+      const __m128i four = weigh(from, LANES, taps->weights + (size_t)x * pairs, pairs, taps->bits);
       uint8_t *target = to + 3 * (mirror ? out - 1 - x : x);
       store_pixel(_mm_cvtsi128_si32(four), target);
       store_pixel(_mm_extract_epi32(four, 1), target + pitch);
@@ -103,16 +141,32 @@ static void resize_columns(const uint8_t *crop, int width, int rows, const Taps 
     }
 }
 
-static void resize_rows(const uint8_t *from, int pitch, const Taps *taps, int bits, int out, uint8_t *to) {
+static inline void rows_of(const uint8_t *from, int pitch, const Taps *taps, const int pairs, int out, uint8_t *to) {
   const int width = 3 * out;
-  for (int y = 0; y < out; ++y, to += width)
+  for (int y = 0; y < out; ++y, to += width) {
+    const uint8_t *first = from + (size_t)taps->first[y] * pitch;
+    const int32_t *weights = taps->weights + (size_t)y * pairs;
     for (int x = 0; x < width; x += LANES) { /* `from` has room for whole vectors */
-      const __m128i some = weigh(from + (size_t)taps[y].first * pitch + x, pitch, taps[y].weight, taps[y].count, bits);
+      const __m128i some = weigh(first + x, pitch, weights, pairs, taps->bits);
       if (width - x >= LANES)
         _mm_storeu_si128((__m128i *)(to + x), some);
       else
         memcpy(to + x, &some, width - x);
     }
+  }
+}
+
+static void resize_columns(const uint8_t *crop, size_t group, int rows, const Taps *taps, int out, int mirror,
+                           uint8_t *to, int pitch) {
+#define CALL(pairs) columns(crop, group, rows, taps, pairs, out, mirror, to, pitch)
+  FOR_PAIRS(taps->pairs, CALL)
+#undef CALL
+}
+
+static void resize_rows(const uint8_t *from, int pitch, const Taps *taps, int out, uint8_t *to) {
+#define CALL(pairs) rows_of(from, pitch, taps, pairs, out, to)
+  FOR_PAIRS(taps->pairs, CALL)
+#undef CALL
 }
 
 /* `crop_of` of augment.py in the same operations, and the whole pixels that `_crop` takes. */
@@ -130,34 +184,41 @@ static void crop_of(int width, int height, const double *u, double smallest, dou
   box[0] = x, box[1] = y, box[2] = right - x, box[3] = bottom - y;
 }
 
+/* The taps from `in` pixels to `out`, made when they are first asked for; none without memory. */
+static const Taps *taps_of(int in, int out, Taps *known) {
+  return known[in].weights || !make_taps(in, out, &known[in]) ? &known[in] : NULL;
+}
+
 /* Rows of n images: image places[i] of `images` (height, width, 3), to `out` (n, size, size, 3); place -1 is left out.
  * u: n rows of `numbers`. Returns 0, or 1 where there is no memory. */
 int shape_images(int64_t n, const uint8_t *images, int64_t height, int64_t width, const int64_t *places, const double *u,
                  int64_t numbers, double smallest, double largest, double ratio, double flip, int64_t size,
                  uint8_t *out) {
-  const int pitch = 3 * (int)size + LANES; /* room behind the last pixel of a row */
-  const int most = most_taps((int)(width > height ? width : height), (int)size);
-  const size_t rows = height + TOGETHER, taps_room = (size_t)size * most;
-  uint8_t *crop = calloc(rows * width, 4), *narrow = malloc(rows * pitch);
-  Taps *taps = malloc(size * sizeof *taps);
-  int16_t *weights = malloc(taps_room * sizeof *weights);
-  double *exact = malloc(taps_room * sizeof *exact);
-  const int short_of_memory = !crop || !narrow || !taps || !weights || !exact;
-  for (int64_t i = 0; i < n && !short_of_memory; ++i, u += numbers, out += 3 * size * size) {
+  const int longer = (int)(width > height ? width : height), spare = most_taps(longer, (int)size) + 1;
+  const int pitch = 3 * (int)size + LANES;              /* room behind the last pixel of a row */
+  const size_t group = (size_t)(width + spare) * LANES; /* and behind the last column and row for taps of weight 0 */
+  uint8_t *crop = calloc((height + TOGETHER) / TOGETHER, group), *narrow = calloc(height + TOGETHER + spare, pitch);
+  Taps *known = calloc(longer + 1, sizeof *known);
+  int failed = !crop || !narrow || !known;
+  for (int64_t i = 0; i < n && !failed; ++i, u += numbers, out += 3 * size * size) {
     if (places[i] < 0) continue;
-    const uint8_t *image = images + (size_t)places[i] * height * width * 3;
-    const int mirror = u[5] < flip;
+    const size_t bytes = (size_t)height * width * 3;
+    if (i + 1 < n && places[i + 1] >= 0) /* the next one lies elsewhere, in memory that nobody has touched lately */
+      for (size_t line = 0; line < bytes && line < AHEAD; line += 64)
+        _mm_prefetch(images + places[i + 1] * bytes + line, _MM_HINT_T1);
     int box[4];
     crop_of((int)width, (int)height, u, smallest, largest, ratio, box);
-    cut_out(image, 3 * width, box, crop);
     /* where a side stays as long as it is, each pixel is made of itself alone */
-    int bits = make_taps(box[2], (int)size, most, taps, weights, exact);
-    resize_columns(crop, box[2], box[3], taps, bits, (int)size, mirror, narrow, pitch);
-    bits = make_taps(box[3], (int)size, most, taps, weights, exact);
-    resize_rows(narrow, pitch, taps, bits, (int)size, out);
+    const Taps *across = taps_of(box[2], (int)size, known), *down = taps_of(box[3], (int)size, known);
+    failed = !across || !down;
+    if (failed) break;
+    cut_out(images + places[i] * bytes, 3 * width, box, crop, group);
+    resize_columns(crop, group, box[3], across, (int)size, u[5] < flip, narrow, pitch);
+    resize_rows(narrow, pitch, down, (int)size, out);
   }
-  free(crop), free(narrow), free(taps), free(weights), free(exact);
-  return short_of_memory;
+  for (int in = 0; known && in <= longer; ++in) free(known[in].first), free(known[in].weights);
+  free(crop), free(narrow), free(known);
+  return failed;
 }
 
 /* `recolor` of augment.py: n images of `count` pixels in place. matrix: n times 3 x 3, over 2^bits; level: n times 3. */
