@@ -25,6 +25,8 @@ import torch.multiprocessing as multiprocessing  # its pipes pass tensors in sha
 from contrastive.errors import UserError
 
 AHEAD = 2  # items that each worker has in hand or ready
+BESIDE = 1 << 20  # bytes of a slot for what an item holds besides its pixels; what does not fit takes another way
+ALIGNED = 64  # bytes
 
 
 class Items(Protocol):
@@ -37,8 +39,9 @@ def from_workers(items: Items, numbers: Iterable[int], count: int, timeout: floa
     """`items[number]` for each of the numbers, in their order, computed by `count` processes.
 
     The processes end with the iterator, or within seconds of this process, however that ends.
-    room: bytes that an item takes from `new_bytes`. Where they lie is used again as soon as nothing in this process
-    refers to the item's pixels any more: the pages of fresh memory cost more than filling them.
+    room: bytes that an item takes from `new_bytes`; its other tensors are put beside them. Where they lie is used again
+    as soon as nothing in this process refers to any of the item's tensors any more: the pages of fresh memory cost more
+    than filling them, and torch's own way to pass a tensor on asks the worker once more, which is busy.
 
     Raises UserError with a worker's own text when it raised one; when a worker dies; when an item has not come after
     `timeout` seconds. Raises RuntimeError with the traceback of any other error of a worker.
@@ -67,15 +70,15 @@ def from_workers(items: Items, numbers: Iterable[int], count: int, timeout: floa
 
 
 _in_worker = False
-_slot: torch.Tensor | None = None  # of the item that this worker computes
+_slot: torch.Tensor | None = None  # of the item that this worker computes: room for `new_bytes`, and BESIDE bytes
 
 
 def new_bytes(*shape: int) -> torch.Tensor:
     """uint8, filled with anything; in a worker it lies where the main process sees it: nothing is copied on the way."""
     if not _in_worker:
         return torch.empty(shape, dtype=torch.uint8)
-    if _slot is not None and math.prod(shape) == len(_slot):
-        return _slot.view(shape)
+    if _slot is not None and math.prod(shape) == len(_slot) - BESIDE:
+        return _slot[:-BESIDE].view(shape)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate does
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
@@ -92,32 +95,54 @@ class _Lease:
         self.free.append(self.number)
 
 
-class _Pickler(ForkingPickler):
-    """Items on their way to the main process: of a tensor in the slot only the place is sent."""
+Place = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]  # byte, of what, shape, strides
 
-    def persistent_id(self, value: object) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
-        if _slot is None or not isinstance(value, torch.Tensor):
+
+class _Pickler(ForkingPickler):
+    """Items on their way to the main process: tensors lie in the slot, or are put there; only their place is sent."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.end = 0 if _slot is None else -(-(len(_slot) - BESIDE) // ALIGNED) * ALIGNED
+
+    def persistent_id(self, value: object) -> Place | None:
+        if _slot is None or not isinstance(value, torch.Tensor) or value.device.type != "cpu":
             return None
-        if value.untyped_storage().data_ptr() != _slot.untyped_storage().data_ptr():
+        if value.untyped_storage().data_ptr() == _slot.untyped_storage().data_ptr():
+            start = value.storage_offset() * value.element_size()
+            return int(start), value.dtype, tuple(value.shape), value.stride()
+        start, self.end = self.end, self.end + -(-value.nbytes // ALIGNED) * ALIGNED
+        if self.end > len(_slot):
+            self.end = start
             return None
-        return int(value.storage_offset()), tuple(value.shape), value.stride()
+        own = value.detach().contiguous()
+        _in_place(_slot, (start, own.dtype, tuple(own.shape), own.stride())).copy_(own)
+        return start, own.dtype, tuple(own.shape), own.stride()
+
+
+def _in_place(slot: torch.Tensor, place: Place) -> torch.Tensor:
+    start, dtype, shape, stride = place
+    whole = slot[start : len(slot) // ALIGNED * ALIGNED].view(dtype)
+    return whole.as_strided(shape, stride, whole.storage_offset())
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, lease: _Lease | None) -> None:
         super().__init__(io.BytesIO(data))
-        self.lease = lease
+        self.slot = None if lease is None else torch.from_numpy(np.asarray(lease))
 
-    def persistent_load(self, place: tuple[int, tuple[int, ...], tuple[int, ...]]) -> torch.Tensor:
-        offset, shape, stride = place
-        return torch.from_numpy(np.asarray(self.lease)).as_strided(shape, stride, offset)
+    def persistent_load(self, place: Place) -> torch.Tensor:
+        assert self.slot is not None
+        return _in_place(self.slot, place)
 
 
 class _Worker:
     def __init__(self, items: Items, room: int) -> None:
         self.pipe, theirs = multiprocessing.Pipe()
         # One in use and one that its user is about to let go, besides those that are ahead.
-        self.slots = [torch.empty(room, dtype=torch.uint8).share_memory_() for _ in range(AHEAD + 2 if room else 0)]
+        self.slots = [
+            torch.empty(room + BESIDE, dtype=torch.uint8).share_memory_() for _ in range(AHEAD + 2 if room else 0)
+        ]
         self.free, self.taken = list(range(len(self.slots))), deque[int | None]()
         self.ended = False
         # The step goes first. Where it is computed on these cores it waits for its slowest thread: it loses less by
@@ -207,7 +232,7 @@ def _work(items: Items, pipe: Connection, slots: list[torch.Tensor], niceness: i
         except Exception:
             answer = _Failure(traceback.format_exc(), False)
         data = io.BytesIO()
-        _Pickler(data, pickle.HIGHEST_PROTOCOL).dump(answer)
+        _Pickler(data).dump(answer)
         try:
             pipe.send_bytes(data.getbuffer())
         except OSError:

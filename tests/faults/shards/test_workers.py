@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from contrastive.shards.workers import AHEAD, from_workers, new_bytes
+from contrastive.shards.workers import AHEAD, BESIDE, from_workers, new_bytes
 from tests.distributed.spawn import run_ranks
 
 from .faulty import at_step, children, corpus_with, die, fail, run, sleep_for_ever, state
@@ -133,6 +133,35 @@ def test_memory_that_is_let_go_is_used_again() -> None:
     stream = from_workers(Pictures(), range(40), 1, timeout=10, room=1000)
     places = [item["picture"].data_ptr() for item in stream]
     assert len(places) == 40 and len(set(places)) <= AHEAD + 2
+
+
+class Mixed:
+    """Item i is pixels and tensors of several kinds beside them, the last of which is `large` numbers."""
+
+    def __init__(self, large: int = 0) -> None:
+        self.large = large
+
+    def __getitem__(self, number: int) -> list[torch.Tensor]:
+        pixels = new_bytes(7, 11)  # an odd number of bytes: what follows must be aligned all the same
+        pixels.fill_(number)
+        table = torch.arange(12).view(3, 4) + number
+        return [pixels, table, table.T, table > 5, torch.empty(0, 2), torch.tensor(number / 3), torch.ones(self.large)]
+
+
+@pytest.mark.parametrize("large", [3, BESIDE])  # the second does not fit into the slot
+def test_tensors_beside_the_pixels_arrive_as_they_are(large: int) -> None:
+    for number, item in enumerate(from_workers(Mixed(large), range(12), 2, timeout=10, room=77)):
+        expected = Mixed(large)[number]
+        assert [(t.dtype, t.shape) for t in item] == [(t.dtype, t.shape) for t in expected]
+        assert all(torch.equal(*pair) for pair in zip(item, expected, strict=True))
+
+
+def test_a_tensor_beside_pixels_that_were_let_go_is_not_written_over() -> None:
+    held = []
+    for item in from_workers(Mixed(3), range(20), 1, timeout=10, room=77):
+        held.append(item[1])
+        del item
+    assert [int(table[0, 0]) for table in held] == list(range(20))
 
 
 def test_what_is_kept_outlives_the_workers() -> None:
