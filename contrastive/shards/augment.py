@@ -177,8 +177,9 @@ def color_maps(augment: Augment, u_nd: np.ndarray) -> ColorMaps | None:
     luma = np.array(_LUMA_1000) / 1000
     matrix = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * luma
     matrix *= (tint * (brightness * contrast)[:, None])[:, :, None]
-    # float32 holds whole numbers up to 2^24 exactly: as fine as that leaves for the largest sum that there can be
+    # As fine as float32, which holds whole numbers up to 2^24, leaves for the largest sum that there can be; and
+    # numbers of 16 bits, which compiled code multiplies two at a time, for the largest coefficient.
     strongest = 1 + augment.color
     largest = 255 * strongest * (strongest * (1 + 2 * augment.color) + 2 * augment.color) + 1
-    bits = int(math.log2(2**24 / largest))
+    bits = int(min(math.log2(2**24 / largest), math.log2((2**15 - 1) / strongest**3)))
     return ColorMaps(np.rint(matrix * 2**bits).astype(np.int32), tint * ((1 - contrast) * brightness)[:, None], bits)

@@ -73,6 +73,13 @@ static int make_taps(int in, int out, Taps *taps) {
   return failed;
 }
 
+/* 16 numbers, cut off at 0 and 255. */
+static inline __m128i to_bytes(__m256i low, __m256i high) {
+  /* packing saturates, half by half of a register: put the halves in order */
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+  return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+
 /* LANES sums of pairs of runs of bytes, `apart` from each other, each times its weight; 0 ... 255, rounded. */
 static inline __m128i weigh(const uint8_t *from, size_t apart, const int32_t *weights, int pairs, int bits) {
   __m256i low = _mm256_set1_epi32(1 << (bits - 1)), high = low;
@@ -84,10 +91,7 @@ static inline __m128i weigh(const uint8_t *from, size_t apart, const int32_t *we
     high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_unpackhi_epi8(one, other)), both));
   }
   const __m128i shift = _mm_cvtsi32_si128(bits);
-  low = _mm256_sra_epi32(low, shift), high = _mm256_sra_epi32(high, shift);
-  /* packing saturates, half by half of a register: put the halves in order */
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-  return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  return to_bytes(_mm256_sra_epi32(low, shift), _mm256_sra_epi32(high, shift));
 }
 
 /* A crop of an image whose rows are `pitch` bytes: groups of TOGETHER rows, whose pixels of a column lie together.
@@ -221,22 +225,100 @@ int shape_images(int64_t n, const uint8_t *images, int64_t height, int64_t width
   return failed;
 }
 
-/* `recolor` of augment.py: n images of `count` pixels in place. matrix: n times 3 x 3, over 2^bits; level: n times 3. */
+/* 16 pixels, 48 bytes, as 16 bytes of each channel, and back: byte i of channel c is byte 3 i + c. */
+typedef struct {
+  __m128i channel[3];
+} Pixels;
+
+/* Which byte goes where, as a shuffle wants it; -1: none. */
+typedef struct {
+  __m128i apart[3][3], together[3][3]; /* [of which vector or channel][into which] */
+} Shuffles;
+
+static Shuffles shuffles_of(void) {
+  int8_t apart[3][3][16], together[3][3][16];
+  memset(apart, -1, sizeof apart), memset(together, -1, sizeof together);
+  for (int i = 0; i < 16; ++i)
+    for (int c = 0; c < 3; ++c) {
+      const int at = 3 * i + c;
+      apart[at / 16][c][i] = (int8_t)(at % 16);
+      together[c][at / 16][at % 16] = (int8_t)i;
+    }
+  Shuffles shuffles;
+  memcpy(shuffles.apart, apart, sizeof apart), memcpy(shuffles.together, together, sizeof together);
+  return shuffles;
+}
+
+static inline __m128i gathered(const __m128i *three, const __m128i (*by)[3], int which) {
+  const __m128i first = _mm_shuffle_epi8(three[0], by[0][which]), second = _mm_shuffle_epi8(three[1], by[1][which]);
+  return _mm_or_si128(_mm_or_si128(first, second), _mm_shuffle_epi8(three[2], by[2][which]));
+}
+
+static inline Pixels load_pixels(const uint8_t *from, const Shuffles *by) {
+  __m128i three[3];
+  Pixels pixels;
+  for (int k = 0; k < 3; ++k) three[k] = _mm_loadu_si128((const __m128i *)from + k);
+  for (int c = 0; c < 3; ++c) pixels.channel[c] = gathered(three, by->apart, c);
+  return pixels;
+}
+
+static inline void store_pixels(Pixels pixels, uint8_t *to, const Shuffles *by) {
+  for (int k = 0; k < 3; ++k) _mm_storeu_si128((__m128i *)to + k, gathered(pixels.channel, by->together, k));
+}
+
+static void sum_channels(const uint8_t *pixels, int64_t count, const Shuffles *by, int64_t *sums) {
+  __m128i added[3] = {_mm_setzero_si128(), _mm_setzero_si128(), _mm_setzero_si128()};
+  int64_t j = 0;
+  for (; j + 16 <= count; j += 16) {
+    const Pixels some = load_pixels(pixels + 3 * j, by);
+    for (int c = 0; c < 3; ++c)
+      added[c] = _mm_add_epi64(added[c], _mm_sad_epu8(some.channel[c], _mm_setzero_si128()));
+  }
+  for (int c = 0; c < 3; ++c) {
+    sums[c] = _mm_extract_epi64(added[c], 0) + _mm_extract_epi64(added[c], 1);
+    for (int64_t k = j; k < count; ++k) sums[c] += pixels[3 * k + c];
+  }
+}
+
+static inline Pixels mapped(Pixels pixels, const int32_t *matrix, const int32_t *offset, int bits) {
+  const __m128i none = _mm_setzero_si128(), shift = _mm_cvtsi32_si128(bits), *channel = pixels.channel;
+  const __m256i red_green[2] = {_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(channel[0], channel[1])),
+                                _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(channel[0], channel[1]))};
+  const __m256i blue[2] = {_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(channel[2], none)),
+                           _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(channel[2], none))};
+  Pixels result;
+  for (int c = 0; c < 3; ++c) {
+    const int32_t *m = matrix + 3 * c;
+    const __m256i of_red_green = _mm256_set1_epi32((uint16_t)m[0] | m[1] * 65536);
+    const __m256i of_blue = _mm256_set1_epi32((uint16_t)m[2]), start = _mm256_set1_epi32(offset[c]);
+    __m256i half[2];
+    for (int k = 0; k < 2; ++k) {
+      const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(red_green[k], of_red_green), start);
+      half[k] = _mm256_sra_epi32(_mm256_add_epi32(sum, _mm256_madd_epi16(blue[k], of_blue)), shift);
+    }
+    result.channel[c] = to_bytes(half[0], half[1]);
+  }
+  return result;
+}
+
+/* `recolor` of augment.py: n images of `count` pixels in place. matrix: n times 3 x 3, over 2^bits and within 16 bits;
+ * level: n times 3. */
 void recolor_images(int64_t n, uint8_t *pixels, int64_t count, const int32_t *matrix, const double *level, int bits) {
+  const Shuffles by = shuffles_of();
   for (int64_t i = 0; i < n; ++i, pixels += 3 * count, matrix += 9, level += 3) {
-    int64_t red = 0, green = 0, blue = 0;
-    for (int64_t j = 0; j < count; ++j) red += pixels[3 * j], green += pixels[3 * j + 1], blue += pixels[3 * j + 2];
-    const double mean = (double)(299 * red + 587 * green + 114 * blue) / (1000.0 * count);
-    int32_t offset[3], m[9];
+    int64_t sums[3];
+    sum_channels(pixels, count, &by, sums);
+    const double mean = (double)(299 * sums[0] + 587 * sums[1] + 114 * sums[2]) / (1000.0 * count);
+    int32_t offset[3];
     for (int c = 0; c < 3; ++c) offset[c] = (int32_t)rint(level[c] * mean * (1 << bits)) + (1 << (bits - 1));
-    memcpy(m, matrix, sizeof m);
-    for (int64_t j = 0; j < count; ++j) {
-      uint8_t *p = pixels + 3 * j;
-      const int32_t r = p[0], g = p[1], b = p[2];
-      for (int c = 0; c < 3; ++c) {
-        const int32_t value = (m[3 * c] * r + m[3 * c + 1] * g + m[3 * c + 2] * b + offset[c]) >> bits;
-        p[c] = (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value);
-      }
+    int64_t j = 0;
+    for (; j + 16 <= count; j += 16)
+      store_pixels(mapped(load_pixels(pixels + 3 * j, &by), matrix, offset, bits), pixels + 3 * j, &by);
+    if (j < count) { /* the last ones, with what fills them up */
+      uint8_t some[48] = {0};
+      memcpy(some, pixels + 3 * j, 3 * (count - j));
+      store_pixels(mapped(load_pixels(some, &by), matrix, offset, bits), some, &by);
+      memcpy(pixels + 3 * j, some, 3 * (count - j));
     }
   }
 }
