@@ -57,7 +57,7 @@ def ends(
     A rank that is still there then is killed and counts as -9.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "open_clip", "accelerate"])
+    context.set_forkserver_preload(spawn.PRELOAD)
     folder = run_dir / f"ranks-{time.monotonic_ns()}"
     folder.mkdir(parents=True)
     arguments = (corpus, run_dir, list(overrides), fault, resume)
