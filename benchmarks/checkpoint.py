@@ -3,9 +3,11 @@
     python benchmarks/checkpoint.py             prints a table, writes benchmarks/results/checkpoint.json
 
 A ViT-S/32 image tower and a text tower of 12 layers (with AdamW's moments, three numbers a weight) are saved in turn:
-"stall" is what training waits for (`take_snapshot`: the copy, from the second save on), "whole" the time until a
-committed checkpoint is there (copy, are the weights finite?, SHA-256 of every file, fsync of files and folders,
-rename); `torch.save` writes one file of the same state and syncs it, accelerate's `save_state` writes its folder (its
+"stall" is what training waits for: `take_snapshot`, and, behind a forward and a backward pass of 16 pairs, what is left
+of the copy that goes on meanwhile (from the second save on); "copy" is all of the copy, made at once; "whole" the time
+until a committed checkpoint is there (copy, are the weights finite?, SHA-256 of every file, fsync of files and folders,
+rename). "step" is these two passes alone, "step, saving" the same with the stall and with all that is written beside
+them, on the same cores. `torch.save` writes one file of the same state and syncs it, accelerate's `save_state` writes its folder (its
 files are synced here too, for a fair end), "disk" writes as many bytes from memory into one file and syncs it.
 Medians. The folder lies where `--folder` says. Keep the machine idle.
 """
@@ -26,6 +28,7 @@ from accelerate import Accelerator
 
 from contrastive.training import adamw
 from contrastive.training.checkpoint import Snapshot, take_snapshot, write_checkpoint
+from contrastive.training.saver import Saver
 
 RESULTS = Path(__file__).resolve().parent / "results" / "checkpoint.json"
 
@@ -55,8 +58,29 @@ def main() -> None:
     def snapshot() -> Snapshot:
         return take_snapshot(accelerator, model, optimizer, None, state, spare)
 
+    images, texts = torch.randn(16, 3, 224, 224), torch.randint(1, 40_000, (16, 77))
+
+    def step() -> None:
+        image, text, scale = model(images, texts)
+        torch.nn.functional.cross_entropy(scale * image @ text.T, torch.arange(16)).backward()
+
+    saver, stalls = Saver(root / "saver", keep=1), []
+
+    def step_saving() -> None:
+        started = time.perf_counter()
+        saver.save(snapshot())
+        between = time.perf_counter()
+        step()
+        done = time.perf_counter()
+        saver.wait_until_copied()
+        stalls.append(time.perf_counter() - done + between - started)
+
+    def copy() -> None:
+        snapshot().copy_rest()
+
     def whole() -> None:
         taken = snapshot()
+        taken.copy_rest()
         assert taken.not_finite() is None
         write_checkpoint(root / "ours", taken)
 
@@ -80,7 +104,8 @@ def main() -> None:
             os.fsync(file.fileno())
 
     ways: dict[str, Callable[[], object]] = {
-        "stall": snapshot, "whole": whole, "torch.save": torch_save, "save_state": save_state, "disk": disk
+        "step": step, "step, saving": step_saving, "copy": copy, "whole": whole,
+        "torch.save": torch_save, "save_state": save_state, "disk": disk,
     }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(arguments.turns + 1):
@@ -92,11 +117,15 @@ def main() -> None:
             call()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
+            saver.finish()
+            assert saver.failed is None
     shutil.rmtree(root)
+    seconds["stall"] = stalls[1:]
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     document = {
         "mb": size / 1e6, "turns": arguments.turns, "seconds": medians,
         "stall_of_whole": medians["stall"] / medians["whole"],
+        "copy_of_whole": medians["copy"] / medians["whole"],
         "whole_of_disk": medians["whole"] / medians["disk"],
         "whole_of_torch_save": medians["whole"] / medians["torch.save"],
         "whole_of_save_state": medians["whole"] / medians["save_state"],
@@ -104,7 +133,11 @@ def main() -> None:
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
     print(f"{size / 1e6:,.0f} MB")
     for name, taken in medians.items():
-        print(f"{name:11} {taken:6.2f} s  {size / 1e6 / taken:7,.0f} MB/s  {taken / medians['disk']:5.2f} x the disk's")
+        print(f"{name:12} {taken:6.3f} s", end="")
+        if name not in ("step", "step, saving", "stall"):
+            print(f"  {size / 1e6 / taken:7,.0f} MB/s  {taken / medians['disk']:5.2f} x the disk's", end="")
+        print()
+    print(f"the stall is {document['stall_of_whole']:.1%} of a save that training waits for")
 
 
 def _tensors(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list:

@@ -103,5 +103,5 @@ def local_batch(global_batch: int, world: int) -> int:
     if global_batch < 1 or global_batch % world:
         down = max(global_batch // world, 1) * world
         near = f"{down} or {down + world}" if global_batch > world else str(world)
-        raise UserError(f"global_batch {global_batch} is not divisible by {world} processes; use {near}")
+        raise UserError(f"train.global_batch {global_batch} is not divisible by {world} processes; use {near}")
     return global_batch // world

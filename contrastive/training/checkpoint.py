@@ -21,12 +21,14 @@ import math
 import os
 import re
 import shutil
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator
@@ -49,11 +51,31 @@ class Snapshot:
 
     state: JSON, with "step". tensors: by file, without its suffix. parameters: names in "model" of what can learn.
     All of it is empty on every process but the main one, which writes.
+
+    What only an update changes, on a CPU, need not be copied at once: `copy_rest` does it, in another thread, while the
+    next batch goes forward and backward, and `wait_until_copied` holds the update back until then.
     """
 
     state: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     parameters: frozenset[str] = frozenset()
+    rest: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (copy, what it is a copy of)
+    copied: threading.Event = field(default_factory=threading.Event)
+
+    def copy_rest(self) -> None:
+        """Copy what is left; the training thread may read it meanwhile."""
+        try:
+            for copy, value in self.rest:
+                # numpy's: torch's would take all cores from the step
+                np.copyto(_as_array(copy), _as_array(value))
+            self.rest.clear()
+        finally:
+            self.copied.set()
+
+    def wait_until_copied(self) -> None:
+        """Return once nothing of the run is read any more."""
+        if self.rest:
+            self.copied.wait()
 
     @property
     def step(self) -> int:
@@ -85,7 +107,8 @@ def take_snapshot(
 ) -> Snapshot:
     """Copy all that a checkpoint holds; all processes call it, the main one keeps it.
 
-    spare: an earlier one that nobody needs any more; its memory is used again, which halves the time.
+    spare: an earlier one that nobody needs any more; its memory is used again, which halves the time, and of weights
+        and moments on a CPU the copy is left to `Snapshot.copy_rest`.
     """
     generators = gather_object([random_state()])
     main = accelerator.is_main_process
@@ -117,15 +140,32 @@ def take_snapshot(
         snapshot.tensors[file] = {}
         for key, value in values.items():
             whole = complete(value)  # one by one: what lies in shares is whole for the moment of the copy alone
-            if main:
-                snapshot.tensors[file][key] = _copy(whole, old.get(key))
+            if not main:
+                continue
+            copy = old.get(key)
+            stays = file in ("optimizer", "ema") or (file == "model" and key in parameters)  # until the next update
+            if stays and whole is value and value.device.type == "cpu" and _fits(copy, value):
+                snapshot.tensors[file][key] = copy
+                snapshot.rest.append((copy, value.detach()))
+            else:
+                snapshot.tensors[file][key] = _copy(whole, copy)
     return snapshot if main else Snapshot()
 
 
 def _copy(value: Tensor, spare: Tensor | None) -> Tensor:
-    if spare is not None and spare.shape == value.shape and spare.dtype == value.dtype:
+    if _fits(spare, value):
         return spare.copy_(value.detach())
     return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _fits(spare: Tensor | None, value: Tensor) -> TypeGuard[Tensor]:
+    return spare is not None and spare.shape == value.shape and spare.dtype == value.dtype
+
+
+def _as_array(value: Tensor) -> np.ndarray:
+    """The bits of a tensor on a CPU, of whatever type."""
+    whole_numbers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+    return value.view(whole_numbers[value.element_size()]).numpy()
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
@@ -135,6 +175,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         OSError, SafetensorError: the disk is full, the folder cannot be written; what was there before is whole, this
             one is not there.
     """
+    assert not snapshot.rest, "copy_rest comes first"
     target, partial = folder / f"step_{snapshot.step}", folder / f".partial_step_{snapshot.step}"
     if target.is_dir() and fault_in(target) is None:
         return target  # the run came by here before, and steps are a pure function of the step before

@@ -15,7 +15,8 @@ BEST = "best.json"
 class Saver:
     """Writes snapshots behind training's back, one at a time, and deletes what need not be kept.
 
-    Training waits for the copy that a snapshot is, and for the snapshot before if that is still being written.
+    Training waits for the copy that a snapshot is, as far as it is not made here too, and for the snapshot before if
+    that is still being written.
 
     Args:
         folder: of the checkpoints.
@@ -43,6 +44,16 @@ class Saver:
         self._writing = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._writing.start()
 
+    @property
+    def reads_the_run(self) -> bool:
+        """Whether weights and moments are still being copied; `wait_until_copied` comes before they change."""
+        return self._writing is not None and self.spare is not None and bool(self.spare.rest)
+
+    def wait_until_copied(self) -> None:
+        """Return once the run may change again."""
+        if self._writing is not None and self.spare is not None:
+            self.spare.wait_until_copied()
+
     def finish(self) -> None:
         """Wait until nothing is being written."""
         if self._writing is not None:
@@ -51,6 +62,7 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
+            snapshot.copy_rest()
             bad = snapshot.not_finite()  # here and not ahead of the copy: training need not wait for it
             if bad is not None:
                 self.failed = (

@@ -34,6 +34,7 @@ class TrainStep:
         chunk: rows of a batch that go through the towers at once, see `cached_backward`; None for all.
         hold: of towers whose time has not come; None for none.
         clock: is told which phase of the step begins.
+        before_update: called between backward and optimizer, by whom weights must not change earlier.
 
     A step whose gradient is not finite on some rank changes no weight on any; its "skipped" is 1.
 
@@ -52,6 +53,7 @@ class TrainStep:
         chunk: int | None = None,
         hold: Hold | None = None,
         clock: Clock | None = None,
+        before_update: Callable[[], None] = lambda: None,
     ) -> None:
         self.accelerator, self.model, self.loss, self.optimizer, self.clip = (
             accelerator,
@@ -61,6 +63,7 @@ class TrainStep:
             clip,
         )
         self.chunk, self.hold, self.clock = chunk, hold, clock or Clock(accelerator.device)
+        self.before_update = before_update
         self.two_tower: Any = accelerator.unwrap_model(model)
         if chunk is not None:
             check_chunkable(self.two_tower.train(), chunk)
@@ -99,6 +102,7 @@ class TrainStep:
         if norm is not None:
             metrics["gradient_norm"] = norm
         bad = norm is not None and not bool(norm.isfinite())
+        self.before_update()
         # a gradient scaler skips by itself, and has to see the overflow to lower its scale
         if not bad or self.accelerator.scaler is not None:
             self.optimizer.step()

@@ -128,8 +128,9 @@ class Trainer:
         self.clock = Clock(accelerator.device)
         time_averaging(self.model, self.clock)
         self.train_step = TrainStep(
-            accelerator, self.model, loss, self.optimizer, clip=clip, chunk=chunk, hold=self.hold, clock=self.clock
-        )
+            accelerator, self.model, loss, self.optimizer,
+            clip=clip, chunk=chunk, hold=self.hold, clock=self.clock, before_update=self._let_copy,
+        )  # fmt: skip
         averages = ema is not None and accelerator.is_main_process
         self.average = WeightAverage(accelerator.unwrap_model(self.model), *ema) if averages and ema else None
         self.stop = stop
@@ -398,6 +399,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.saver.save(snapshot)
         self._saved_step = self.step
+
+    def _let_copy(self) -> None:
+        """Weights and moments change from here on: a snapshot of them must be taken."""
+        if self.saver.reads_the_run:
+            with self.clock.within("saving"):
+                self.saver.wait_until_copied()
 
     def _finish_saving(self) -> None:
         """Wait for the disk; raises UserError on every rank where it failed."""

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-
 # What the server of ranks has imported before it forks one: the whole package, which takes a core seven seconds.
 PRELOAD = ["torch", "torch.distributed", "open_clip", "accelerate", "contrastive.pretrain"]
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from contrastive.build import build_every
 from contrastive.cli import main
@@ -131,3 +133,52 @@ def test_weights_that_are_not_finite_stop_the_run_ahead_of_its_validation(make_c
     with pytest.raises(UserError, match="not finite after step 1; nothing was saved"):
         pretrain(config, quiet=True)
     assert not list((Path(config.run.dir) / "checkpoints").glob("*"))
+
+
+def tensors_saved(config) -> dict[str, torch.Tensor]:
+    files = sorted((Path(config.run.dir) / "checkpoints").glob("step_*/*.safetensors"))
+    return {f"{file.parent.name}/{file.stem}/{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def test_a_slow_copy_holds_the_next_update_back(make_config, tmp_path, monkeypatch):
+    plain, slow = (
+        make_config(f"run.dir={tmp_path}/{name}", "checkpoint.every=1", "checkpoint.keep=9", "optim.ema.decay=0.9")
+        for name in ("plain", "slow")
+    )
+    pretrain(plain, quiet=True)
+    copy_rest, counts = Snapshot.copy_rest, []
+
+    def late(snapshot):
+        counts.append(len(snapshot.rest))
+        time.sleep(0.1)
+        copy_rest(snapshot)
+
+    monkeypatch.setattr(Snapshot, "copy_rest", late)
+    pretrain(slow, quiet=True)
+    expected, found = tensors_saved(plain), tensors_saved(slow)
+    assert counts[0] == 0 and min(counts[1:]) > 50  # of the first, with no memory to copy to, nothing is left for later
+    assert len({key.split("/")[0] for key in found}) == 8 and found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    rows = [json.loads(line) for line in (Path(slow.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row.get("train/time_saving", 0) for row in rows) > 0.5  # in shares of a step: that is where the time is
+
+
+def test_a_copy_that_fails_lets_the_run_go_on_to_tell_it(make_config, monkeypatch):
+    def no_memory(snapshot):
+        try:
+            raise MemoryError("no memory")
+        finally:
+            snapshot.copied.set()
+
+    monkeypatch.setattr(Snapshot, "copy_rest", no_memory)
+    with pytest.raises(UserError, match="the checkpoint of step 2 could not be written .no memory"):
+        pretrain(make_config("checkpoint.every=2"), quiet=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_is_copied_later_has_the_bits_of_any_type_and_layout(dtype, layout):
+    value = torch.randn(4, 3, 5, 2).to(dtype).contiguous(memory_format=layout)
+    copy = torch.empty(4, 3, 5, 2, dtype=dtype)
+    Snapshot(rest=[(copy, value), (torch.empty((), dtype=dtype), value[0, 0, 0, 0])]).copy_rest()
+    assert torch.equal(copy, value)
