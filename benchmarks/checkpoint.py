@@ -7,9 +7,9 @@ A ViT-S/32 image tower and a text tower of 12 layers (with AdamW's moments, thre
 of the copy that goes on meanwhile (from the second save on); "copy" is all of the copy, made at once; "whole" the time
 until a committed checkpoint is there (copy, are the weights finite?, SHA-256 of every file, fsync of files and folders,
 rename). "step" is these two passes alone, "step, saving" the same with the stall and with all that is written beside
-them, on the same cores. `torch.save` writes one file of the same state and syncs it, accelerate's `save_state` writes its folder (its
-files are synced here too, for a fair end), "disk" writes as many bytes from memory into one file and syncs it.
-Medians. The folder lies where `--folder` says. Keep the machine idle.
+them, on the same cores. `torch.save` writes one file of the same state and syncs it, accelerate's `save_state` writes
+its folder (its files are synced here too, for a fair end), "disk" writes as many bytes from memory into one file and
+syncs it. Medians. The folder lies where `--folder` says. Keep the machine idle.
 """
 
 import argparse
