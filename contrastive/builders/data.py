@@ -57,10 +57,9 @@ def uses_compiled(config: Config) -> bool:
 
 def has_work_for_compiled(config: Config) -> bool:
     """Whether there is anything in a batch that compiled code makes."""
-    change = config.data.augment
-    return config.data.cache == "pixels" or (config.data.cache == "none" and (
-        change.color > 0 or change.grayscale > 0 or change.tint > 0
-    ))  # fmt: skip
+    change, cache = config.data.augment, config.data.cache
+    colors = change.color > 0 or change.grayscale > 0 or change.tint > 0
+    return cache != "features" and (colors or (cache == "pixels" and change.rotate == 0))
 
 
 def check_batch(config: Config, data: Mixture) -> None:

@@ -255,7 +255,7 @@ class DataConfig(Block):
     compiled: Literal["auto"] | bool = Field(
         "auto",
         description="colours, and crops of cached pixels, by code that is compiled for this machine (once, a second, "
-        "wants a C compiler): the same pixels, faster; auto: where that is possible",
+        "wants a C compiler, and AVX2): the same pixels, faster; auto: where that is possible",
     )
     caption_variants: Share = Field(0.0, description="probability of drawing one of a sample's further captions")
     augment: AugmentConfig = AugmentConfig()

@@ -124,9 +124,9 @@ def _fill(
                 os.replace(folder / f".{kind}.npy", folder / f"{kind}.npy")
             sizes = {kind: (folder / f"{kind}.npy").stat().st_size for kind in KINDS}
             write_json(folder / "whole.json", {**identity, "bytes": sizes, "rejected": rejected}, indent=2)
-            shutil.rmtree(folder / "filling")
+            shutil.rmtree(folder / "filling", ignore_errors=True)  # a network's disk keeps what is open
     finally:
-        wait_for_ranks()  # also behind an error, which the others meet as a folder that is not whole
+        wait_for_ranks()  # also behind an error here, which the others meet as a folder that is not whole
 
 
 def _put_in_place(file: Path, rows: NDArray[np.float32], read_S: NDArray[np.bool_], offset: int, samples: int) -> None:

@@ -122,7 +122,8 @@ def recolor(pixels_nhwc: np.ndarray, augment: Augment, u_nd: np.ndarray) -> None
 
     Brightness, contrast, saturation, grey and tint are one affine map of an image's colours, and one pass over them: a
     third of the time that Pillow takes image by image. Its sums are whole numbers, so that they are the same in any
-    order, on any machine, and in compiled code.
+    order, on any machine, and in compiled code. (Not where a program has lowered float32's precision of products, by
+    `torch.set_float32_matmul_precision("medium")` or autocast.)
     """
     assert pixels_nhwc.flags.c_contiguous  # or a copy would be changed
     maps = color_maps(augment, u_nd)
@@ -177,9 +178,10 @@ def color_maps(augment: Augment, u_nd: np.ndarray) -> ColorMaps | None:
     luma = np.array(_LUMA_1000) / 1000
     matrix = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * luma
     matrix *= (tint * (brightness * contrast)[:, None])[:, :, None]
-    # As fine as float32, which holds whole numbers up to 2^24, leaves for the largest sum that there can be; and
-    # numbers of 16 bits, which compiled code multiplies two at a time, for the largest coefficient.
+    # As fine as 16 bits leave for the largest coefficient: compiled code multiplies two at a time. float32, which holds
+    # whole numbers up to 2^24, takes the largest sum then, of three products and the offset, in any order.
     strongest = 1 + augment.color
-    largest = 255 * strongest * (strongest * (1 + 2 * augment.color) + 2 * augment.color) + 1
-    bits = int(min(math.log2(2**24 / largest), math.log2((2**15 - 1) / strongest**3)))
+    bits = int(math.log2((2**15 - 1) / strongest**3))
+    largest = 255 * strongest * (strongest * (1 + 2 * augment.color) + augment.color) + 1
+    assert largest * 2**bits <= 2**24
     return ColorMaps(np.rint(matrix * 2**bits).astype(np.int32), tint * ((1 - contrast) * brightness)[:, None], bits)

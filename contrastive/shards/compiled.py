@@ -8,7 +8,9 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shlex
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -22,7 +24,7 @@ from contrastive.shards.download import remote_settings
 
 SOURCE = Path(__file__).with_name("pixels.c")
 # No contraction into fused multiply-adds: a crop must round as Python's does.
-FLAGS = ["-O3", "-march=x86-64-v3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-mavx2", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
 _INT, _REAL, _PLACE = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
@@ -32,11 +34,14 @@ def compile_pixels() -> None:
     They are kept in ``compiled`` of the folder that ``$CONTRASTIVE_CACHE`` names, ~/.cache/contrastive. The compiler is
     ``cc``, or that of ``$CC``.
 
-    Raises UserError where there is no compiler, where it fails, or where the processor lacks AVX2.
+    Raises UserError where there is no compiler, where it fails or its work cannot be kept, or without AVX2.
     """
     reason = why_not_compiled()
     if reason is not None:
-        raise UserError(f"data.compiled: {reason}; set it to auto or false, which gives the same pixels, slower")
+        raise UserError(
+            f"data.compiled true: {reason}; install a C compiler or name one in $CC, or set it to auto or false, which "
+            "give the same pixels, slower"
+        )
 
 
 @functools.cache
@@ -56,27 +61,45 @@ class _Unavailable(Exception):
 @functools.cache
 def _library() -> ctypes.CDLL:
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        raise _Unavailable("this processor has no AVX2")
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    recipe = "\0".join([SOURCE.read_text(), *compiler, *FLAGS])
-    name = f"pixels-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
-    folder = remote_settings().cache_dir / "compiled"
+        raise _Unavailable("it is for x86 processors with AVX2 only")
     try:
-        if not (folder / name).is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as aside:  # other processes see all of it or nothing
-                built = Path(aside) / name
-                command = [*compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"]
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-                os.replace(built, folder / name)
-        return ctypes.CDLL(str(folder / name))
-    except FileNotFoundError:
-        raise _Unavailable(f"no C compiler on PATH ({compiler[0]})") from None
-    except subprocess.CalledProcessError as fault:
-        told = fault.stderr.strip().splitlines() or [f"exit code {fault.returncode}"]
-        raise _Unavailable(f"compiling failed ({told[0]})") from None
-    except (OSError, subprocess.SubprocessError) as fault:
-        raise _Unavailable(f"compiling failed ({fault})") from None
+        compiler = shlex.split(os.environ.get("CC") or "cc")
+    except ValueError as fault:
+        raise _Unavailable(f"$CC is no command ({fault})") from None
+    if shutil.which(compiler[0]) is None:
+        raise _Unavailable(f"no C compiler on PATH ({compiler[0]})")
+    # Machines that share a home may differ in their C library.
+    machine = [platform.machine(), *platform.libc_ver()]
+    recipe = "\0".join([SOURCE.read_text(), *compiler, *FLAGS, *machine])
+    file = remote_settings().cache_dir / "compiled" / f"pixels-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError:  # it is not there, or this machine cannot load it
+        _compile(compiler, file)
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as fault:
+        raise _Unavailable(f"what was compiled cannot be loaded ({fault})") from None
+
+
+def _compile(compiler: list[str], file: Path) -> None:
+    """Other processes, which may be at it too, see all of the file or nothing."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as aside:
+            built = Path(aside) / file.name
+            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            if done.returncode or not built.is_file():
+                told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                raise _Unavailable(f"compiling failed ({told[0]})")
+            with open(built, "rb+") as whole:
+                os.fsync(whole.fileno())  # to load what a loss of power has cut off would kill the process
+            os.replace(built, file)
+    except subprocess.TimeoutExpired:
+        raise _Unavailable("compiling took more than a minute") from None
+    except OSError as fault:
+        raise _Unavailable(f"it cannot be kept in {file.parent} ({fault.strerror})") from None
 
 
 def shape_cached(

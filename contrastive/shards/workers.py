@@ -25,7 +25,7 @@ import torch.multiprocessing as multiprocessing  # its pipes pass tensors in sha
 from contrastive.errors import UserError
 
 AHEAD = 2  # items that each worker has in hand or ready
-BESIDE = 1 << 20  # bytes of a slot for what an item holds besides its pixels; what does not fit takes another way
+BESIDE = 1 << 23  # bytes of a slot for what an item holds besides its pixels; pages that nobody touches cost nothing
 ALIGNED = 64  # bytes
 
 
@@ -39,9 +39,10 @@ def from_workers(items: Items, numbers: Iterable[int], count: int, timeout: floa
     """`items[number]` for each of the numbers, in their order, computed by `count` processes.
 
     The processes end with the iterator, or within seconds of this process, however that ends.
-    room: bytes that an item takes from `new_bytes`; its other tensors are put beside them. Where they lie is used again
-    as soon as nothing in this process refers to any of the item's tensors any more: the pages of fresh memory cost more
-    than filling them, and torch's own way to pass a tensor on asks the worker once more, which is busy.
+    room: bytes that an item takes from `new_bytes`; its other tensors are put beside them, and arrive without gradients
+    or gaps in memory. Where they lie is used again as soon as nothing in this process refers to any of the item's
+    tensors any more: the pages of fresh memory cost more than filling them, and torch's own way to pass a tensor on
+    asks the worker once more, which is busy.
 
     Raises UserError with a worker's own text when it raised one; when a worker dies; when an item has not come after
     `timeout` seconds. Raises RuntimeError with the traceback of any other error of a worker.
@@ -95,7 +96,7 @@ class _Lease:
         self.free.append(self.number)
 
 
-Place = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]  # byte, of what, shape, strides
+_Spot = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]  # byte, of what, shape, strides
 
 
 class _Pickler(ForkingPickler):
@@ -105,7 +106,7 @@ class _Pickler(ForkingPickler):
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self.end = 0 if _slot is None else -(-(len(_slot) - BESIDE) // ALIGNED) * ALIGNED
 
-    def persistent_id(self, value: object) -> Place | None:
+    def persistent_id(self, value: object) -> _Spot | None:
         if _slot is None or not isinstance(value, torch.Tensor) or value.device.type != "cpu":
             return None
         if value.untyped_storage().data_ptr() == _slot.untyped_storage().data_ptr():
@@ -120,8 +121,8 @@ class _Pickler(ForkingPickler):
         return start, own.dtype, tuple(own.shape), own.stride()
 
 
-def _in_place(slot: torch.Tensor, place: Place) -> torch.Tensor:
-    start, dtype, shape, stride = place
+def _in_place(slot: torch.Tensor, spot: _Spot) -> torch.Tensor:
+    start, dtype, shape, stride = spot
     whole = slot[start : len(slot) // ALIGNED * ALIGNED].view(dtype)
     return whole.as_strided(shape, stride, whole.storage_offset())
 
@@ -131,9 +132,9 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(data))
         self.slot = None if lease is None else torch.from_numpy(np.asarray(lease))
 
-    def persistent_load(self, place: Place) -> torch.Tensor:
+    def persistent_load(self, spot: _Spot) -> torch.Tensor:
         assert self.slot is not None
-        return _in_place(self.slot, place)
+        return _in_place(self.slot, spot)
 
 
 class _Worker:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from contrastive.training.checkpoint import Snapshot, prune, write_checkpoint
@@ -112,4 +113,5 @@ def _let_training_go_first() -> None:
     """Lower the priority of this thread, and of those that it starts."""
     if sys.platform == "linux":  # elsewhere there is a priority of the process alone
         thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
+        with suppress(OSError):  # a sandbox may refuse it, which must not cost a checkpoint
+            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))

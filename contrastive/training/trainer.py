@@ -150,6 +150,7 @@ class Trainer:
         self.quiet = quiet
         self.step = 0  # optimizer steps done: the whole position in the data
         self.seconds = 0.0  # training time, validation and saving left out
+        self._stalled = 0.0  # of the step at hand, which waited for a copy
         self.final: Any = None  # behind `fit`, on the main process: the model with all its weights
         self._validation_due = False  # behind this step, and not done yet
         self._saved_step = 0  # of the newest snapshot; the saver's is that of the newest on the disk
@@ -208,7 +209,8 @@ class Trainer:
                     self.average.update()
                 self.step += 1
                 before, now = (self.step - 1, self.seconds, share), time.perf_counter()
-                seconds, started = now - started, now
+                seconds, started = now - started - self._stalled, now
+                self._stalled = 0.0
                 self.seconds += self._slowest(seconds)
                 share = self.duration.progress(self.step, self.seconds)
                 place = (self.step, self.seconds, share)
@@ -403,8 +405,10 @@ class Trainer:
     def _let_copy(self) -> None:
         """Weights and moments change from here on: a snapshot of them must be taken."""
         if self.saver.reads_the_run:
+            started = time.perf_counter()
             with self.clock.within("saving"):
                 self.saver.wait_until_copied()
+            self._stalled = time.perf_counter() - started
 
     def _finish_saving(self) -> None:
         """Wait for the disk; raises UserError on every rank where it failed."""

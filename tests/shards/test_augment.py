@@ -8,7 +8,7 @@ from PIL import Image
 
 from contrastive.errors import UserError
 from contrastive.shards import Augment, augment_pixels
-from contrastive.shards.augment import DRAWS, TOGETHER, recolor
+from contrastive.shards.augment import DRAWS, TOGETHER, color_maps, recolor
 
 HALF = [0.5] * DRAWS
 
@@ -135,6 +135,27 @@ def test_each_image_of_a_batch_is_changed_by_its_own_numbers(size: int) -> None:
     recolor(after, COLORS, u)
     for row in range(len(before)):
         assert abs(after[row] - step_by_step(before[row], u[row].tolist())).max() < 0.51
+
+
+@pytest.mark.parametrize("color", [0.0, 0.01, 0.2, 0.3, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("kind", ["white", "black", "mixed", "noise"])
+def test_colors_are_sums_of_whole_numbers_without_rounding(color: float, kind: str) -> None:
+    random, n = np.random.default_rng(0), TOGETHER + 3
+    pixels = random.integers(0, 256, (n, 20, 20, 3), dtype=np.uint8)
+    if kind != "noise":
+        pixels[:] = {"white": 255, "black": 0, "mixed": 255}[kind]
+    if kind == "mixed":
+        pixels[:, :7] = [0, 255, 1]
+    u = random.random((n, DRAWS))
+    u[: n // 2, 6:9] = np.nextafter(1.0, 0.0)  # the strongest that there is
+    augment = Augment(color=color, grayscale=0.1, tint=0.3)
+    maps = color_maps(augment, u)
+    assert maps is not None
+    before = pixels.reshape(n, -1, 3).astype(np.int64)
+    offset = maps.offset(before.sum(axis=1).astype(float), 400, slice(None)).astype(np.int64)
+    sums = np.einsum("npc,nkc->npk", before, maps.matrix.astype(np.int64)) + offset[:, None]
+    recolor(pixels, augment, u)
+    assert np.array_equal(pixels.reshape(n, -1, 3), np.clip(sums >> maps.bits, 0, 255))
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,39 @@ def test_a_compiler_that_fails_is_quoted(nothing_compiled: Path, monkeypatch: py
     assert compiled.why_not_compiled() == "compiling failed (cc: internal error)"
 
 
+def test_an_empty_variable_means_the_usual_compiler(nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setenv("PATH", "")
+    assert compiled.why_not_compiled() == "no C compiler on PATH (cc)"
+
+
+def test_a_variable_that_is_no_command_is_told(nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "'")
+    assert str(compiled.why_not_compiled()).startswith("$CC is no command")
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_made_is_named(nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing_compiled.write_text("a file")
+    assert str(compiled.why_not_compiled()) == f"it cannot be kept in {nothing_compiled} (File exists)"
+
+
+@needs_compiler
+def test_what_cannot_be_loaded_is_compiled_again(nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiled.why_not_compiled() is None
+    (file,) = nothing_compiled.iterdir()
+    other = nothing_compiled / "compiled" / file.name  # of another path, or the loader would know it already
+    other.parent.mkdir()
+    other.write_bytes(b"another machine's")
+    monkeypatch.setenv("CONTRASTIVE_CACHE", str(nothing_compiled))
+    forget()
+    assert compiled.why_not_compiled() is None
+    assert other.stat().st_size == file.stat().st_size
+
+
 def test_a_processor_without_avx2_is_told(nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
-    assert compiled.why_not_compiled() == "this processor has no AVX2"
+    assert compiled.why_not_compiled() == "it is for x86 processors with AVX2 only"
 
 
 @needs_compiler
@@ -149,5 +179,7 @@ def test_what_is_compiled_once_is_used_again(nothing_compiled: Path, monkeypatch
 
 def test_a_recipe_that_insists_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "why_not_compiled", lambda: "no C compiler on PATH (cc)")
-    with pytest.raises(UserError, match="data.compiled: no C compiler on PATH .* set it to auto or false"):
+    with pytest.raises(
+        UserError, match=r"data.compiled true: no C compiler on PATH \(cc\); install a C compiler .* to auto or false"
+    ):
         compiled.compile_pixels()

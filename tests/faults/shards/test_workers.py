@@ -154,6 +154,8 @@ def test_tensors_beside_the_pixels_arrive_as_they_are(large: int) -> None:
         expected = Mixed(large)[number]
         assert [(t.dtype, t.shape) for t in item] == [(t.dtype, t.shape) for t in expected]
         assert all(torch.equal(*pair) for pair in zip(item, expected, strict=True))
+        inside = [t.untyped_storage().data_ptr() == item[0].untyped_storage().data_ptr() for t in item]
+        assert inside == [True] * 6 + [large == 3]
 
 
 def test_a_tensor_beside_pixels_that_were_let_go_is_not_written_over() -> None:
