@@ -53,7 +53,7 @@ class Snapshot:
     All of it is empty on every process but the main one, which writes.
 
     What only an update changes, on a CPU, need not be copied at once: `copy_rest` does it, in another thread, while the
-    next batch goes forward and backward, and `wait_until_copied` holds the update back until then.
+    next batch goes forward and backward, and the update waits for `copied`, see `Saver.wait_until_copied`.
     """
 
     state: dict[str, Any] = field(default_factory=dict)
@@ -71,11 +71,6 @@ class Snapshot:
             self.rest.clear()
         finally:
             self.copied.set()
-
-    def wait_until_copied(self) -> None:
-        """Return once nothing of the run is read any more."""
-        if self.rest:
-            self.copied.wait()
 
     @property
     def step(self) -> int:

@@ -54,8 +54,9 @@ class Saver:
 
     def wait_until_copied(self) -> None:
         """Return once the run may change again."""
-        if self._writing is not None and self.spare is not None:
-            self.spare.wait_until_copied()
+        if self.reads_the_run:
+            assert self.spare is not None
+            self.spare.copied.wait()
 
     def finish(self) -> None:
         """Wait until nothing is being written."""
