@@ -24,7 +24,7 @@ from contrastive.shards.download import remote_settings
 
 SOURCE = Path(__file__).with_name("pixels.c")
 # No contraction into fused multiply-adds: a crop must round as Python's does.
-FLAGS = ["-O3", "-mavx2", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-mavx2", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-pthread"]
 _INT, _REAL, _PLACE = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
@@ -103,12 +103,17 @@ def _compile(compiler: list[str], file: Path) -> None:
 
 
 def shape_cached(
-    cached: np.ndarray, places: np.ndarray, augment: Augment, u_nd: np.ndarray, out_nhwc: np.ndarray
+    cached: np.ndarray,
+    places: np.ndarray,
+    augment: Augment,
+    u_nd: np.ndarray,
+    out_nhwc: np.ndarray,
+    threads: int = 1,
 ) -> None:
     """`shape_pixels` of images that lie in one array, uint8 (N, height, width, 3), each by its own numbers.
 
     places: int64 (n,), which image each row of `out_nhwc`, uint8 (n, size, size, 3), is made of; -1: the row is left as
-    it is. u_nd: float64 (n, DRAWS or more). Nothing is rotated.
+    it is. u_nd: float64 (n, DRAWS or more). Nothing is rotated. threads: that share the rows out, the calling one too.
     """
     assert augment.rotate == 0 and out_nhwc.shape[1] == out_nhwc.shape[2]
     for array, kind in ((cached, np.uint8), (places, np.int64), (u_nd, np.float64), (out_nhwc, np.uint8)):
@@ -118,19 +123,19 @@ def shape_cached(
         _INT(len(places)), _PLACE(cached.ctypes.data), _INT(cached.shape[1]), _INT(cached.shape[2]),
         _PLACE(places.ctypes.data), _PLACE(u_nd.ctypes.data), _INT(u_nd.shape[1]),
         _REAL(augment.crop[0]), _REAL(augment.crop[1]), _REAL(augment.ratio), _REAL(augment.flip),
-        _INT(out_nhwc.shape[1]), _PLACE(out_nhwc.ctypes.data),
+        _INT(out_nhwc.shape[1]), _PLACE(out_nhwc.ctypes.data), _INT(threads),
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory to resize an image in")
 
 
-def recolor(pixels_nhwc: np.ndarray, augment: Augment, u_nd: np.ndarray) -> None:
-    """`contrastive.shards.augment.recolor`."""
+def recolor(pixels_nhwc: np.ndarray, augment: Augment, u_nd: np.ndarray, threads: int = 1) -> None:
+    """`contrastive.shards.augment.recolor`, by so many threads."""
     assert pixels_nhwc.dtype == np.uint8 and pixels_nhwc.flags.c_contiguous
     maps = color_maps(augment, u_nd)
     if maps is not None:
         matrix, level = np.ascontiguousarray(maps.matrix), np.ascontiguousarray(maps.level)
         _library().recolor_images(
             _INT(len(pixels_nhwc)), _PLACE(pixels_nhwc.ctypes.data), _INT(pixels_nhwc[0].size // 3),
-            _PLACE(matrix.ctypes.data), _PLACE(level.ctypes.data), ctypes.c_int(maps.bits),
+            _PLACE(matrix.ctypes.data), _PLACE(level.ctypes.data), ctypes.c_int(maps.bits), _INT(threads),
         )  # fmt: skip

@@ -1,8 +1,10 @@
 """The training loader: step s of rank r is the same batch, whoever computes it and whenever."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,14 @@ from contrastive.shards.mixture import MixedOrder, Mixture, as_mixture
 from contrastive.shards.order import draws, local_batch
 from contrastive.shards.record import Rejected
 from contrastive.shards.render import render, render_pixels
+from contrastive.shards.tokens import CAPTIONS
 from contrastive.shards.workers import from_workers, new_bytes
 
 VERSION = 4  # of the order, of the numbers drawn and of what they do: a change of either must not pass for the same run
 Tokenize = Callable[[list[str]], Any]
+THREADS = (
+    4  # of compiled code in a loader's process at most; more gain little where the rest of a batch is one thread's
+)
 
 
 class PairLoader:
@@ -37,7 +43,8 @@ class PairLoader:
     timeout: seconds after which a batch that a worker has not finished ends the stream.
     start_step, steps: the steps start_step … steps − 1 of the run are yielded; None: no end.
     caption_variants: probability that one of a sample's further captions is used.
-    cache: decode every image once, and keep the pixels beside the shards (images of one size only).
+    cache: decode every image once, and keep the pixels beside the shards (images of one size only); captions that were
+        read are remembered, as many as `TokenCache` does.
     decode: see `render`.
     mean_fill: grey value of the corners that a rotation uncovers.
     compiled: the same pixels by compiled code, see `compile_pixels`, which is called before.
@@ -83,7 +90,8 @@ class PairLoader:
         }
         self.identity: dict[str, Any] = {**self.place.identity, "transform": transform}
         self._room = global_batch // world * image_size * image_size * 3  # bytes of a batch's pixels
-        self._items = _Steps(self.mixture, self.place, tokenize, transform, augment, cache, compiled)
+        threads = threads_of(workers, world) if compiled else 0
+        self._items = _Steps(self.mixture, self.place, tokenize, transform, augment, cache, threads)
 
     def state(self, step: int) -> dict[str, Any]:
         """All that the batches from this step on depend on, as JSON; see `Place.state`."""
@@ -94,6 +102,16 @@ class PairLoader:
         if self.workers:
             return from_workers(self._items, steps, self.workers, self.timeout, self._room)
         return map(self._items.__getitem__, steps)
+
+
+def threads_of(workers: int, world: int) -> int:
+    """Of the compiled code in each loader's process: the cores of this machine shared out, as if all ranks were here.
+
+    Where the step is computed on the same cores it stands still until its slowest thread is done, so that work of a
+    batch costs it less if every core does some of it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(THREADS, cores // (max(1, workers) * world)))
 
 
 class Place:
@@ -138,14 +156,17 @@ class _Steps:
         transform: dict[str, Any],
         augment: Augment | None,
         cache: bool,
-        compiled: bool,
+        threads: int,
     ) -> None:
+        """threads: of compiled code; 0 for none."""
         self.mixture, self.place, self.tokenize, self.augment = mixture, place, tokenize, augment
         self.seed, self.size, self.fill = place.identity["seed"], transform["image_size"], transform["mean_fill"]
         self.caption_variants, self.decode = transform["caption_variants"], transform["decode"]
         self.caches = [open_cache(part) for part in mixture.parts] if cache else None
-        self.recolor = recolor_compiled if compiled else recolor
-        self.at_once = compiled and cache and augment is not None and augment.rotate == 0
+        self.captions: dict[int, str] = {}  # where pixels are cached: what has been read, the oldest first
+        self.recolor = partial(recolor_compiled, threads=threads) if threads else recolor
+        self.threads = threads
+        self.at_once = threads > 0 and cache and augment is not None and augment.rotate == 0
 
     def __getitem__(self, step: int) -> Batch:
         epochs, samples = self.place.at(step)
@@ -189,7 +210,8 @@ class _Steps:
         assert self.caches is not None and self.augment is not None
         for cache, first, end in zip(self.caches, self.mixture.offsets[:-1], self.mixture.offsets[1:], strict=True):
             own = (first <= samples) & (samples < end)
-            shape_cached(cache.pixels, np.where(own, samples - first, -1), self.augment, numbers, pixels)
+            places = np.where(own, samples - first, -1)
+            shape_cached(cache.pixels, places, self.augment, numbers, pixels, self.threads)
 
     def _pair(self, sample: int, u: list[float]) -> tuple[np.ndarray | None, str]:
         """Pixels and first caption of a sample; None for pixels that are in the batch already."""
@@ -200,10 +222,19 @@ class _Steps:
         cache = self.caches[part]
         if i in cache.rejected:
             raise Rejected(cache.rejected[i])
-        caption = self.mixture.caption(sample)
+        caption = self._remembered_caption(sample)
         if self.at_once:
             return None, caption
         return render_pixels(cache.pixels[i], self.size, self.augment, u, self.fill), caption
+
+    def _remembered_caption(self, sample: int) -> str:
+        known = self.captions.get(sample)
+        if known is not None:
+            return known
+        caption = self.captions[sample] = self.mixture.caption(sample)
+        if len(self.captions) > CAPTIONS:
+            del self.captions[next(iter(self.captions))]
+        return caption
 
     def _variant(self, sample: int, chance: float, which: float) -> str | None:
         """One of the sample's further captions, with the wanted probability; None for its first one."""

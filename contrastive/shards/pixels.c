@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -193,35 +194,88 @@ static const Taps *taps_of(int in, int out, Taps *known) {
   return known[in].weights || !make_taps(in, out, &known[in]) ? &known[in] : NULL;
 }
 
+typedef void (*Some)(const void *whole, int64_t first, int64_t end); /* does its share of the work on `whole` */
+
+typedef struct {
+  Some some;
+  const void *whole;
+  int64_t first, end;
+} Share;
+
+static void *do_share(void *share) {
+  const Share *own = share;
+  own->some(own->whole, own->first, own->end);
+  return NULL;
+}
+
+enum { THREADS = 16 };
+
+/* Rows 0 ... n - 1, in shares of so many threads, of which this is one. */
+static void in_threads(Some some, const void *whole, int64_t n, int64_t threads) {
+  pthread_t others[THREADS];
+  Share shares[THREADS];
+  int started[THREADS] = {0};
+  threads = threads < 1 ? 1 : threads > THREADS ? THREADS : threads;
+  for (int64_t t = 0; t < threads; ++t) {
+    shares[t] = (Share){some, whole, n * t / threads, n * (t + 1) / threads};
+    if (t) started[t] = !pthread_create(&others[t], NULL, do_share, &shares[t]);
+  }
+  for (int64_t t = 0; t < threads; ++t) /* the first one here, and what found no thread */
+    if (!started[t]) do_share(&shares[t]);
+  for (int64_t t = 1; t < threads; ++t)
+    if (started[t]) pthread_join(others[t], NULL);
+}
+
+typedef struct {
+  const uint8_t *images;
+  int64_t height, width, numbers, size;
+  const int64_t *places;
+  const double *u;
+  double smallest, largest, ratio, flip;
+  uint8_t *out;
+  int *failed; /* is set to 1 by any thread */
+} Shaping;
+
+static void shape_some(const void *whole, int64_t first, int64_t end) {
+  const Shaping *all = whole;
+  const int height = (int)all->height, width = (int)all->width, size = (int)all->size;
+  const int64_t *places = all->places;
+  const int longer = width > height ? width : height, spare = most_taps(longer, size) + 1;
+  const int pitch = 3 * size + LANES;                   /* room behind the last pixel of a row */
+  const size_t group = (size_t)(width + spare) * LANES; /* and behind the last column and row for taps of weight 0 */
+  const size_t bytes = (size_t)height * width * 3, result = (size_t)3 * size * size;
+  uint8_t *crop = calloc((height + TOGETHER) / TOGETHER, group), *narrow = calloc(height + TOGETHER + spare, pitch);
+  Taps *known = calloc(longer + 1, sizeof *known);
+  int failed = !crop || !narrow || !known;
+  for (int64_t i = first; i < end && !failed; ++i) {
+    if (places[i] < 0) continue;
+    if (i + 1 < end && places[i + 1] >= 0) /* the next one lies elsewhere, in memory that nobody has touched lately */
+      for (size_t line = 0; line < bytes && line < AHEAD; line += 64)
+        _mm_prefetch(all->images + places[i + 1] * bytes + line, _MM_HINT_T1);
+    const double *u = all->u + i * all->numbers;
+    int box[4];
+    crop_of(width, height, u, all->smallest, all->largest, all->ratio, box);
+    /* where a side stays as long as it is, each pixel is made of itself alone */
+    const Taps *across = taps_of(box[2], size, known), *down = taps_of(box[3], size, known);
+    failed = !across || !down;
+    if (failed) break;
+    cut_out(all->images + places[i] * bytes, 3 * (size_t)width, box, crop, group);
+    resize_columns(crop, group, box[3], across, size, u[5] < all->flip, narrow, pitch);
+    resize_rows(narrow, pitch, down, size, all->out + i * result);
+  }
+  for (int in = 0; known && in <= longer; ++in) free(known[in].first), free(known[in].weights);
+  free(crop), free(narrow), free(known);
+  if (failed) __atomic_store_n(all->failed, 1, __ATOMIC_RELAXED);
+}
+
 /* Rows of n images: image places[i] of `images` (height, width, 3), to `out` (n, size, size, 3); place -1 is left out.
  * u: n rows of `numbers`. Returns 0, or 1 where there is no memory. */
 int shape_images(int64_t n, const uint8_t *images, int64_t height, int64_t width, const int64_t *places, const double *u,
                  int64_t numbers, double smallest, double largest, double ratio, double flip, int64_t size,
-                 uint8_t *out) {
-  const int longer = (int)(width > height ? width : height), spare = most_taps(longer, (int)size) + 1;
-  const int pitch = 3 * (int)size + LANES;              /* room behind the last pixel of a row */
-  const size_t group = (size_t)(width + spare) * LANES; /* and behind the last column and row for taps of weight 0 */
-  uint8_t *crop = calloc((height + TOGETHER) / TOGETHER, group), *narrow = calloc(height + TOGETHER + spare, pitch);
-  Taps *known = calloc(longer + 1, sizeof *known);
-  int failed = !crop || !narrow || !known;
-  for (int64_t i = 0; i < n && !failed; ++i, u += numbers, out += 3 * size * size) {
-    if (places[i] < 0) continue;
-    const size_t bytes = (size_t)height * width * 3;
-    if (i + 1 < n && places[i + 1] >= 0) /* the next one lies elsewhere, in memory that nobody has touched lately */
-      for (size_t line = 0; line < bytes && line < AHEAD; line += 64)
-        _mm_prefetch(images + places[i + 1] * bytes + line, _MM_HINT_T1);
-    int box[4];
-    crop_of((int)width, (int)height, u, smallest, largest, ratio, box);
-    /* where a side stays as long as it is, each pixel is made of itself alone */
-    const Taps *across = taps_of(box[2], (int)size, known), *down = taps_of(box[3], (int)size, known);
-    failed = !across || !down;
-    if (failed) break;
-    cut_out(images + places[i] * bytes, 3 * width, box, crop, group);
-    resize_columns(crop, group, box[3], across, (int)size, u[5] < flip, narrow, pitch);
-    resize_rows(narrow, pitch, down, (int)size, out);
-  }
-  for (int in = 0; known && in <= longer; ++in) free(known[in].first), free(known[in].weights);
-  free(crop), free(narrow), free(known);
+                 uint8_t *out, int64_t threads) {
+  int failed = 0;
+  const Shaping all = {images, height, width, numbers, size, places, u, smallest, largest, ratio, flip, out, &failed};
+  in_threads(shape_some, &all, n, threads);
   return failed;
 }
 
@@ -301,24 +355,43 @@ static inline Pixels mapped(Pixels pixels, const int32_t *matrix, const int32_t 
   return result;
 }
 
-/* `recolor` of augment.py: n images of `count` pixels in place. matrix: n times 3 x 3, over 2^bits and within 16 bits;
- * level: n times 3. */
-void recolor_images(int64_t n, uint8_t *pixels, int64_t count, const int32_t *matrix, const double *level, int bits) {
+typedef struct {
+  uint8_t *pixels;
+  int64_t count;
+  const int32_t *matrix;
+  const double *level;
+  int bits;
+} Recoloring;
+
+static void recolor_some(const void *whole, int64_t first, int64_t end) {
+  const Recoloring *all = whole;
   const Shuffles by = shuffles_of();
-  for (int64_t i = 0; i < n; ++i, pixels += 3 * count, matrix += 9, level += 3) {
+  const int64_t count = all->count;
+  for (int64_t i = first; i < end; ++i) {
+    uint8_t *pixels = all->pixels + 3 * count * i;
+    const int32_t *matrix = all->matrix + 9 * i;
     int64_t sums[3];
     sum_channels(pixels, count, &by, sums);
     const double mean = (double)(299 * sums[0] + 587 * sums[1] + 114 * sums[2]) / (1000.0 * count);
     int32_t offset[3];
-    for (int c = 0; c < 3; ++c) offset[c] = (int32_t)rint(level[c] * mean * (1 << bits)) + (1 << (bits - 1));
+    for (int c = 0; c < 3; ++c)
+      offset[c] = (int32_t)rint(all->level[3 * i + c] * mean * (1 << all->bits)) + (1 << (all->bits - 1));
     int64_t j = 0;
     for (; j + 16 <= count; j += 16)
-      store_pixels(mapped(load_pixels(pixels + 3 * j, &by), matrix, offset, bits), pixels + 3 * j, &by);
+      store_pixels(mapped(load_pixels(pixels + 3 * j, &by), matrix, offset, all->bits), pixels + 3 * j, &by);
     if (j < count) { /* the last ones, with what fills them up */
       uint8_t some[48] = {0};
       memcpy(some, pixels + 3 * j, 3 * (count - j));
-      store_pixels(mapped(load_pixels(some, &by), matrix, offset, bits), some, &by);
+      store_pixels(mapped(load_pixels(some, &by), matrix, offset, all->bits), some, &by);
       memcpy(pixels + 3 * j, some, 3 * (count - j));
     }
   }
+}
+
+/* `recolor` of augment.py: n images of `count` pixels in place. matrix: n times 3 x 3, over 2^bits and within 16 bits;
+ * level: n times 3. */
+void recolor_images(int64_t n, uint8_t *pixels, int64_t count, const int32_t *matrix, const double *level, int bits,
+                    int64_t threads) {
+  const Recoloring all = {pixels, count, matrix, level, bits};
+  in_threads(recolor_some, &all, n, threads);
 }

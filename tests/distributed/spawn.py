@@ -1,6 +1,7 @@
 """Run a function on several gloo ranks of this machine and collect what each returns."""
 
 import datetime
+import faulthandler
 import os
 import pickle
 import socket
@@ -62,7 +63,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 6
 def _failures(folder: str) -> str:
     """The tracebacks that ranks have left, oldest first: the others mostly report that this one is gone."""
     files = sorted(Path(folder).glob("*.error"), key=lambda file: file.stat().st_mtime_ns)
-    return "".join(f"\n--- rank {file.stem}\n{file.read_text()}" for file in files)
+    return "".join(f"\n--- rank {file.stem}\n{file.read_text()}" for file in files if file.stat().st_size)
 
 
 def _rank(rank: int, world: int, port: int, folder: str, timeout: float, fn: Any, args: Any) -> None:
@@ -77,6 +78,9 @@ def _rank(rank: int, world: int, port: int, folder: str, timeout: float, fn: Any
         ACCELERATE_USE_CPU="true",
     )
     torch.set_num_threads(1)
+    error = Path(folder) / f"{rank}.error"
+    crash = error.open("w")
+    faulthandler.enable(crash)  # all threads' stacks, where a library ends the process
     try:
         # a file, not the port: nobody else can have taken it in the meantime
         dist.init_process_group(
@@ -91,7 +95,7 @@ def _rank(rank: int, world: int, port: int, folder: str, timeout: float, fn: Any
         if dist.is_initialized():  # what is tested may have ended it
             dist.barrier()  # nobody leaves while another still talks to it
             dist.destroy_process_group()
-    except BaseException as error:
-        (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
-        own = error.code if isinstance(error, SystemExit) else None  # what is tested may end with a code of its own
+    except BaseException as reason:
+        error.write_text(traceback.format_exc())
+        own = reason.code if isinstance(reason, SystemExit) else None  # what is tested may end with a code of its own
         raise SystemExit(own or 1) from None

@@ -35,16 +35,17 @@ def test_where_there_is_a_compiler_and_avx2_there_is_compiled_code() -> None:
     crop=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
     ratio=st.floats(1, 3),
     seed=st.integers(0, 10**6),
+    threads=st.integers(1, 8),
 )
 def test_crops_are_those_of_torch_byte_for_byte(
-    height: int, width: int, size: int, crop: tuple[float, float], ratio: float, seed: int
+    height: int, width: int, size: int, crop: tuple[float, float], ratio: float, seed: int, threads: int
 ) -> None:
     augment = Augment(crop=(min(crop), max(crop)), ratio=ratio, flip=0.5)
     random = np.random.default_rng(seed)
     cached = random.integers(0, 256, (4, height, width, 3), dtype=np.uint8)
     places, u = random.integers(0, 4, 6), random.random((6, DRAWS + 2))
     got = np.empty((6, size, size, 3), np.uint8)
-    compiled.shape_cached(cached, places, augment, u, got)
+    compiled.shape_cached(cached, places, augment, u, got, threads)
     for row, (place, numbers) in enumerate(zip(places, u.tolist(), strict=True)):
         assert np.array_equal(got[row], plain.shape_pixels(cached[place], size, augment, numbers))
 
@@ -76,13 +77,14 @@ def test_a_row_without_a_place_is_left_as_it_is() -> None:
     n=st.integers(1, 2 * plain.TOGETHER + 3),
     color=st.floats(0, 1),
     seed=st.integers(0, 10**6),
+    threads=st.integers(1, 40),
 )
-def test_colors_are_those_of_torch_byte_for_byte(size: int, n: int, color: float, seed: int) -> None:
+def test_colors_are_those_of_torch_byte_for_byte(size: int, n: int, color: float, seed: int, threads: int) -> None:
     augment = Augment(color=color, grayscale=0.3, tint=0.5)
     random = np.random.default_rng(seed)
     pixels, u = random.integers(0, 256, (n, size, size, 3), dtype=np.uint8), random.random((n, DRAWS + 2))
     got, expected = pixels.copy(), pixels.copy()
-    compiled.recolor(got, augment, u)
+    compiled.recolor(got, augment, u, threads)
     plain.recolor(expected, augment, u)
     assert np.array_equal(got, expected)
 

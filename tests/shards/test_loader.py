@@ -26,6 +26,7 @@ from contrastive.shards import (
 )
 from contrastive.shards.augment import DRAWS
 from contrastive.shards.decode import decode_image
+from contrastive.shards.loader import threads_of
 from contrastive.shards.order import draws
 
 from .conftest import encoded, lengths, records
@@ -222,6 +223,30 @@ def test_the_cache_is_built_once(shards: Shards, monkeypatch: pytest.MonkeyPatch
     load(index, cache=True)
     monkeypatch.setattr("contrastive.shards.cache.decode_image", lambda data: pytest.fail("decoded again"))
     load(index, cache=True)
+
+
+@pytest.mark.parametrize(("remembered", "reads"), [(40, 40), (0, 80)])
+def test_with_the_cache_a_caption_that_is_remembered_is_not_read_again(
+    shards: Shards, monkeypatch: pytest.MonkeyPatch, remembered: int, reads: int
+) -> None:
+    index = shards(records(40))
+    plain = load(index, global_batch=40, steps=2)
+    read: list[int] = []
+    whole = ShardIndex.caption
+
+    def caption(self: ShardIndex, i: int) -> str:
+        read.append(i)
+        return whole(self, i)
+
+    monkeypatch.setattr("contrastive.shards.loader.CAPTIONS", remembered)
+    monkeypatch.setattr(ShardIndex, "caption", caption)
+    assert joined(load(index, global_batch=40, steps=2, cache=True)) == joined(plain)
+    assert len(read) == reads
+
+
+def test_threads_of_compiled_code_share_the_cores_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16), raising=False)
+    assert [threads_of(*who) for who in ((1, 1), (0, 1), (4, 1), (8, 1), (1, 8), (4, 8))] == [4, 4, 4, 2, 2, 1]
 
 
 def test_the_cache_of_replaced_pixels_is_built_again(tmp_path: Path) -> None:
