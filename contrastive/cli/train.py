@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import shlex
 import sys
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     given = [way for way, chosen in ways.items() if chosen]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)}: give one of them")
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)  # where a library ends the process, days into a run
     if "" not in sys.path:  # a loss of the user's own lies where the user is, also for an installed command
         sys.path.insert(0, "")
     config = load_config(args.recipe, args.overrides)

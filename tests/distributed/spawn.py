@@ -4,6 +4,7 @@ import datetime
 import faulthandler
 import os
 import pickle
+import signal
 import socket
 import tempfile
 import time
@@ -20,14 +21,18 @@ import torch.multiprocessing as multiprocessing
 PRELOAD = ["torch", "torch.distributed", "open_clip", "accelerate", "contrastive.pretrain"]
 
 
+class Crash(RuntimeError):
+    """A rank was ended by a library, not by an exception: memory that is not its own, a failed assertion in C."""
+
+
 def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
     """`[fn(rank, world, *args) for each rank]`, each rank a new process with an initialised gloo group.
 
     `fn` is a module-level function; arguments and results are pickled. The environment has RANK, LOCAL_RANK,
     WORLD_SIZE, MASTER_ADDR and MASTER_PORT as a launcher would set them, and torch one thread a rank; what
     else a rank needs goes through `args`: the server that starts it keeps the environment of its own start.
-    Raises RuntimeError with the traceback of the rank that failed first, or after `timeout` seconds; no
-    process is left behind either way.
+    Raises RuntimeError with the traceback of the rank that failed first, or after `timeout` seconds, and Crash,
+    which is one, with the stacks of a rank that crashed; no process is left behind either way.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -56,7 +61,8 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 6
                 process.join()
         codes = [process.exitcode for process in processes]
         if any(codes):
-            raise RuntimeError(f"exit codes of the ranks: {codes}{_failures(folder)}")
+            kind = Crash if {-signal.SIGABRT, -signal.SIGSEGV} & set(codes) else RuntimeError
+            raise kind(f"exit codes of the ranks: {codes}{_failures(folder)}")
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world)]
 
 

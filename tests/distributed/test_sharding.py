@@ -1,10 +1,16 @@
 """Weights in shares (FSDP2) train as whole ones do: losses, checkpoints, what is refused."""
 
 import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
@@ -12,7 +18,7 @@ from contrastive.build import build_accelerator, build_data, build_model, build_
 from contrastive.config import load_config
 from contrastive.errors import UserError
 from contrastive.pretrain import pretrain
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import Crash, run_ranks
 from tests.tiny import tiny_config, write_corpus, write_recipe
 
 SMOOTH = ["model.image.kwargs.proj_drop_rate=0.0", "model.text.dropout=0.0"]
@@ -33,6 +39,25 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
+def in_shares(fn: Callable[..., Any], corpus: Path, run_dir: Path, overrides: list[str], *arguments: Any) -> list[Any]:
+    """Two ranks with their weights in shares, and once more where a library ended one.
+
+    FSDP2 on gloo does so in some hundred runs once, with "malloc(): unaligned tcache chunk detected" or the like; what
+    was looked at is in docs/training.md. What is compared here is what a run computes that ends.
+    """
+    before = run_dir.with_name(f"{run_dir.name}-before")
+    if run_dir.exists():
+        shutil.copytree(run_dir, before)
+    try:
+        return run_ranks(2, fn, corpus, run_dir, [*overrides, *SHARDED], *arguments)
+    except Crash as crash:
+        warnings.warn(f"once more: {crash}", stacklevel=2)
+        shutil.rmtree(run_dir, ignore_errors=True)
+        if before.exists():
+            shutil.copytree(before, run_dir)
+        return run_ranks(2, fn, corpus, run_dir, [*overrides, *SHARDED], *arguments)
+
+
 def train(
     rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str], resume: bool = False
 ) -> list[float]:
@@ -50,7 +75,7 @@ def test_thirty_steps_in_shares_are_those_of_whole_weights_and_of_one_process(co
     overrides = [*WAYS[way], "train.steps=30", "eval.every=10", "optim.clip=0.5"]
     one = run_ranks(1, train, corpus, tmp_path / "one", overrides)[0]
     whole = run_ranks(2, train, corpus, tmp_path / "whole", overrides)[0]
-    shares = run_ranks(2, train, corpus, tmp_path / "shares", [*overrides, *SHARDED])[0]
+    shares = in_shares(train, corpus, tmp_path / "shares", overrides)[0]
     assert len(one) == 30 and one[-1] < 0.95 * one[0]  # a curve that does not move would agree with anything
     assert whole == pytest.approx(one, rel=1e-4)
     assert shares == pytest.approx(one, rel=1e-4)
@@ -65,9 +90,9 @@ def test_a_run_goes_from_shares_to_whole_weights_and_back(corpus, tmp_path):
     place = tmp_path / "moved"
     steps = ["train.steps=12", "checkpoint.every=4", "optim.warmup=1", "optim.schedule=constant"]
     straight = run_ranks(1, train, corpus, tmp_path / "straight", steps)[0]
-    run_ranks(2, until, corpus, place, [*steps, *SHARDED], 4, False)
+    in_shares(until, corpus, place, steps, 4, False)
     run_ranks(1, until, corpus, place, steps, 8, True)
-    moved = run_ranks(2, train, corpus, place, [*steps, *SHARDED], True)[0]
+    moved = in_shares(train, corpus, place, steps, True)[0]
     assert moved == pytest.approx(straight, rel=1e-4)
 
 
@@ -121,3 +146,22 @@ def refused(rank: int, world: int, corpus: Path, run_dir: Path) -> str:
 def test_batch_normalisation_is_refused(corpus, tmp_path):
     for message in run_ranks(2, refused, corpus, tmp_path):
         assert "train.sharding: fsdp does not go with image" in message and "BatchNorm" in message
+
+
+def crash_once(rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str]) -> list[str]:
+    found = sorted(path.name for path in run_dir.iterdir())
+    dist.barrier()
+    if rank == 0:
+        (run_dir / "half").touch()
+        if not (corpus / "crashed").exists():
+            (corpus / "crashed").touch()
+            os.abort()
+    return found
+
+
+def test_a_crash_is_told_and_the_same_run_is_tried_once_more(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "kept").touch()
+    with pytest.warns(UserWarning, match="(?s)once more: .*in crash_once"):
+        found = in_shares(crash_once, tmp_path, tmp_path / "run", [])
+    assert found == [["kept"], ["kept"]]  # as it was before the crash

@@ -1,10 +1,11 @@
+import os
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import Crash, run_ranks
 
 
 def sum_of_ranks(rank: int, world: int, offset: int) -> tuple[int, float]:
@@ -25,6 +26,12 @@ def sleep_on_last_rank(rank: int, world: int) -> None:
     dist.barrier()
 
 
+def crash_on_last_rank(rank: int, world: int) -> None:
+    if rank == world - 1:
+        os.abort()
+    dist.barrier()
+
+
 def test_results_come_back_in_order_of_rank() -> None:
     assert run_ranks(2, sum_of_ranks, 10) == [(0, 21.0), (1, 21.0)]
 
@@ -37,3 +44,8 @@ def test_failure_of_one_rank_ends_all_and_shows_its_traceback() -> None:
 def test_hanging_rank_is_ended_after_the_timeout() -> None:
     with pytest.raises(RuntimeError, match="were not done after"):
         run_ranks(2, sleep_on_last_rank, timeout=3)
+
+
+def test_a_rank_that_a_library_ends_leaves_its_stacks() -> None:
+    with pytest.raises(Crash, match="(?s)Fatal Python error: Aborted.*in crash_on_last_rank"):
+        run_ranks(2, crash_on_last_rank)
