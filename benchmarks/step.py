@@ -1,18 +1,20 @@
 """What the trainer adds to the bare computation of a step, at the pictograms recipe: its model, batch and precision.
 
-    python benchmarks/step.py                 prints tables, writes benchmarks/results/step.json; five minutes
+    python benchmarks/step.py                 prints tables, writes benchmarks/results/step.json; eight minutes
     python benchmarks/step.py --threads 1     on two cores: the loader has one of its own, as beside a GPU
 
-Three ways beside a bare one:
-
     bare       both towers forward, the loss, backward, the optimizer, on one batch that lies in memory
-    no loss    the same with the sum of the embeddings in place of the loss
     resident   the trainer (ranks agree, gradient norm, finite check, clock), its loader hands over that same batch
     trainer    the trainer with the recipe's loader, which draws, augments and tokenises in a process of its own
 
+On a CPU the trainer has its process keep the memory that it frees (`keep_freed_memory`); a bare loop, as anybody writes
+it, leaves that to the C library. So the trainer, and the bare loop with its memory kept, are compared with the bare one
+as it is; and the trainer with a bare loop that keeps its memory too: what the trainer adds to the same computation.
+
 Each takes turns with the bare one within seconds, a few steps each, as the pace of a shared machine changes within
 minutes: the ratio is the median over all turns of a turn's median step beside those of the two bare turns around it.
-The first step of a turn does not count, and the loader's process stands still while the bare one runs.
+The first step of a turn does not count, nor does the first epoch, and the loader's process stands still while the bare
+one runs.
 
 A trainer's step lasts from one request for a batch to the next. What happens now and then is timed by itself and spread
 over the recipe's period: a log line over 10 steps, a checkpoint's stall over 500, the probe over 5 % of 1,255 steps.
@@ -20,10 +22,12 @@ What the loader's process uses a batch is timed alone, in this process. Keep the
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import statistics
 import tempfile
@@ -35,17 +39,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from contrastive import builders
 from contrastive.build import build_accelerator, build_data, build_model, build_trainer
 from contrastive.config import Config, load_config
 from contrastive.losses import InfoNCE
 from contrastive.models import train_tokenizer
 from contrastive.shards import open_cache, open_index
 from contrastive.training import adamw
+from contrastive.training.memory import keep_freed_memory
 from contrastive.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "step.json"
-WARM = 6  # steps ahead of the first turn; the loader's queue fills
+WARM = 6  # steps ahead of the first turn
+EPOCH = 46  # and of one with the loader: what it reads, maps and tokenises once is not of 27 epochs in 28
 Found = dict[str, Any]
 LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 10, 500, 63
 
@@ -69,6 +76,7 @@ def measure(turns: int, steps: int, folder: Path) -> dict[str, Any]:
     """Each way beside the bare one. Times are in milliseconds."""
     lasting = [f"train.steps={10 * turns * steps}", "checkpoint.every=null", "eval.every=null", "eval.report=false"]
     recipe = ROOT / "recipes" / "pretrain" / "pictograms.yaml"
+    builders.trainer.keep_freed_memory = lambda: None  # in the turns that want it
     config = load_config(recipe, [*lasting, f"track.log_every={LOG_EVERY}", f"track.probe_every={10**6}"])
     accelerator = build_accelerator(config)
     data = build_data(config)
@@ -87,17 +95,19 @@ def measure(turns: int, steps: int, folder: Path) -> dict[str, Any]:
     loader = real.trainer.make_loader(0, real.trainer.curriculum.last).loader
     batch = loader._items[0]
     resident = driven("resident", batch)
-    bare, alone = (
-        Bare(config, accelerator, build_model(config, tokenizer), batch, with_loss=with_loss)
-        for with_loss in (True, False)
-    )
-    for way in (bare, alone):
-        way(WARM)
-    ways = {
-        "no loss": beside(alone, bare, turns, steps),
-        "resident": resident.beside(bare, turns, steps),
-        "trainer": real.beside(bare, turns, steps),
-    }
+    bare = Bare(config, accelerator, build_model(config, tokenizer), batch)
+    bare.step()
+    faults = {"untouched": statistics.median(bare.faults_of_steps(WARM))}
+    ways = [
+        {"way": "bare, memory kept", "beside": "left"} | beside(bare.keeping, bare.leaving, turns, steps),
+        {"way": "trainer", "beside": "left"} | real.beside(bare.leaving, turns, steps),
+    ]
+    bare.seconds = {phase: [] for phase in bare.seconds}  # what is told of phases is with memory kept
+    ways += [
+        {"way": "resident", "beside": "kept"} | resident.beside(bare.keeping, turns, steps),
+        {"way": "trainer", "beside": "kept"} | real.beside(bare.keeping, turns, steps),
+    ]
+    faults |= {"left": statistics.median(bare.faults["left"]), "kept": statistics.median(bare.faults["kept"])}
     periods = {"log line": LOG_EVERY, "checkpoint": SAVE_EVERY, "probe": PROBE_EVERY}
     now_and_then = {
         "log line": real.median("log"), "checkpoint": real.median("save"),
@@ -106,8 +116,9 @@ def measure(turns: int, steps: int, folder: Path) -> dict[str, Any]:
     spread = sum(milliseconds / periods[name] for name, milliseconds in now_and_then.items())
     return {
         "threads": torch.get_num_threads(), "batch": config.train.global_batch, "turns": turns, "steps": steps,
-        "precision": accelerator.mixed_precision, "ways": ways,
-        "overhead": {name: ways[name]["ratio"] + spread / ways[name]["bare"] - 1 for name in ("resident", "trainer")},
+        "precision": accelerator.mixed_precision, "faults": faults,
+        "ways": [way | {"overhead": way["ratio"] + (spread / way["bare"] if "bare" not in way["way"] else 0) - 1}
+                 for way in ways],
         "phases": {"bare": bare.phases(), "resident": resident.phases(), "trainer": real.phases()},
         "parts": {
             "waiting for the loader": real.median("data"),
@@ -121,7 +132,7 @@ def measure(turns: int, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def beside(way: Callable[[int], list[float]], bare: Callable[[int], list[float]], turns: int, steps: int) -> Found:
-    """`turns` turns of a way between turns of the bare one."""
+    """`turns` turns of a way between turns of a bare one."""
     found, around = [], [bare(steps)]
     for _ in range(turns):
         found.append(way(steps))
@@ -155,27 +166,51 @@ def normalise(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     return floats.contiguous(memory_format=torch.channels_last)
 
 
+def leave_freed_memory() -> None:
+    """glibc's thresholds as it raises them itself at most (mallopt(3)); it cannot be told to adapt again."""
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(-3, 32 << 20)
+    mallopt(-1, 64 << 20)
+
+
 class Bare:
     """The computation alone."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, model: Any, batch: Any, *, with_loss: bool) -> None:
-        self.batch, self.with_loss, self.loss = batch, with_loss, InfoNCE(same_caption="ignore")
+    def __init__(self, config: Config, accelerator: Accelerator, model: Any, batch: Any) -> None:
+        self.batch, self.loss = batch, InfoNCE(same_caption="ignore")
         optim = config.optim
         self.optimizer = adamw(model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps)
         self.model = accelerator.prepare(model.train())
         self.seconds: dict[str, list[float]] = {"forward": [], "loss": [], "backward": [], "optimizer": []}
+        self.faults: dict[str, list[int]] = {"left": [], "kept": []}
 
-    def __call__(self, steps: int) -> list[float]:
-        return [self.step() for _ in range(steps)]
+    def leaving(self, steps: int) -> list[float]:
+        """Seconds of so many steps whose freed memory is the C library's to keep or to give back."""
+        leave_freed_memory()
+        seconds = [self.step() for _ in range(steps)]
+        self.faults["left"] += self.faults_of_steps(1)
+        keep_freed_memory()  # what follows
+        return seconds
+
+    def keeping(self, steps: int) -> list[float]:
+        """Of steps whose freed memory is kept."""
+        keep_freed_memory()
+        seconds = [self.step() for _ in range(steps)]
+        self.faults["kept"] += self.faults_of_steps(1)
+        return seconds
+
+    def faults_of_steps(self, steps: int) -> list[int]:
+        counted = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+        for _ in range(steps):
+            self.step()
+            counted.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        return [after - before for before, after in itertools.pairwise(counted)]
 
     def step(self) -> float:
         marks = [time.perf_counter()]
         out = self.model(self.batch.pixels, self.batch.tokens)
         marks.append(time.perf_counter())
-        if self.with_loss:
-            loss = self.loss(out["image"], out["text"], out["scale"], ids=self.batch.ids)["loss"]
-        else:
-            loss = out["image"].sum() + out["text"].sum()
+        loss = self.loss(out["image"], out["text"], out["scale"], ids=self.batch.ids)["loss"]
         marks.append(time.perf_counter())
         loss.backward()
         marks.append(time.perf_counter())
@@ -195,6 +230,7 @@ class Driven:
 
     def __init__(self, trainer: Trainer, batch: Any = None) -> None:
         self.trainer, self.batch = trainer, batch
+        self.warm = EPOCH if batch is None else WARM
         self.between: Callable[[], None] = lambda: None  # a bare turn
         self.steps = 0  # of a turn
         self.turns: list[list[float]] = []
@@ -220,8 +256,8 @@ class Driven:
             for worker in workers:
                 os.kill(worker, signal.SIGCONT)
 
-        self.between, self.steps = between, steps
-        self.trainer.fit(stop_after=self.trainer.step + WARM + turns * steps + 1)
+        self.between, self.steps, self.turns = between, steps, []
+        self.trainer.fit(stop_after=self.trainer.step + self.warm + turns * steps + 1)
         return compared(self.turns[:turns], around[: turns + 1])
 
     def noting(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -268,16 +304,17 @@ class _Noting:
         started = 0.0
         try:
             for number in itertools.count():
-                place = (number - WARM) % driven.steps
+                place = (number - driven.warm) % driven.steps
                 now = time.perf_counter()
-                if number > WARM:  # the step before ends here
+                if number > driven.warm:  # the step before ends here
                     driven.turns[-1].append(now - started)
-                if number >= WARM and place == 0:
+                if number >= driven.warm and place == 0:
                     driven.between()
                     driven.turns.append([])
                 started = time.perf_counter()
                 batch = fixed if batches is None else next(batches)
-                driven.seconds["data"].append(time.perf_counter() - started)
+                if number > driven.warm:
+                    driven.seconds["data"].append(time.perf_counter() - started)
                 yield batch
         finally:
             if batches is not None:
@@ -295,12 +332,14 @@ class _Clipping:
 
 def show(found: dict[str, Any]) -> None:
     print(f"batch {found['batch']}, {found['precision']}, {found['threads']} threads")
-    print("| way | a step, ms | bare beside it, ms | ratio | half of the turns |\n|---|---|---|---|---|")
-    for name, way in found["ways"].items():
+    print("| way | bare's memory | a step, ms | bare beside it, ms | ratio | half of the turns | all in all |")
+    print("|---|---|---|---|---|---|---|")
+    for way in found["ways"]:
         low, high = way["quartiles"]
-        print(f"| {name} | {way['ms']:.1f} | {way['bare']:.1f} | {way['ratio']:.3f} | {low:.2f} - {high:.2f} |")
-    print(f"with what happens now and then ({found['spread']:.2f} ms a step): ", end="")
-    print(", ".join(f"{name} {share:+.1%}" for name, share in found["overhead"].items()))
+        print(f"| {way['way']} | {way['beside']} | {way['ms']:.0f} | {way['bare']:.0f} | ", end="")
+        print(f"{way['ratio']:.3f} | {low:.2f} - {high:.2f} | {way['overhead']:+.1%} |")
+    print(f"what happens now and then takes {found['spread']:.2f} ms a step")
+    print("page faults of a bare step: " + ", ".join(f"{name} {count:,.0f}" for name, count in found["faults"].items()))
     for name, phases in found["phases"].items():
         print(f"{name:10} " + "  ".join(f"{phase} {milliseconds:.1f}" for phase, milliseconds in phases.items()))
     for name, milliseconds in {**found["parts"], **found["now and then"]}.items():

@@ -41,6 +41,7 @@ from contrastive.training import (
     shard,
 )
 from contrastive.training.curriculum import Settings
+from contrastive.training.memory import keep_freed_memory
 
 
 class FrozenFeatures(NamedTuple):
@@ -66,6 +67,8 @@ def build_accelerator(config: Config) -> Accelerator:
     check_tracker_names(config.track.trackers)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
+    if on_cpu:
+        keep_freed_memory()
     try:
         accelerator = Accelerator(
             # Without this, accelerate takes the ranks of a launcher on a machine without GPUs for lone processes.
