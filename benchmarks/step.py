@@ -1,6 +1,6 @@
 """What the trainer adds to the bare computation of a step, at the pictograms recipe: its model, batch and precision.
 
-    python benchmarks/step.py                 prints tables, writes benchmarks/results/step.json; eight minutes
+    python benchmarks/step.py                 prints tables, writes benchmarks/results/step.json; ten minutes
     python benchmarks/step.py --threads 1     on two cores: the loader has one of its own, as beside a GPU
 
     bare       both towers forward, the loss, backward, the optimizer, on one batch that lies in memory
@@ -13,8 +13,8 @@ as it is; and the trainer with a bare loop that keeps its memory too: what the t
 
 Each takes turns with the bare one within seconds, a few steps each, as the pace of a shared machine changes within
 minutes: the ratio is the median over all turns of a turn's median step beside those of the two bare turns around it.
-The first step of a turn does not count, nor does the first epoch, and the loader's process stands still while the bare
-one runs.
+The first step of a turn does not count, nor do two epochs ahead of all, and the loader's process stands still while the
+bare one runs.
 
 A trainer's step lasts from one request for a batch to the next. What happens now and then is timed by itself and spread
 over the recipe's period: a log line over 10 steps, a checkpoint's stall over 500, the probe over 5 % of 1,255 steps.
@@ -44,7 +44,7 @@ from contrastive.build import build_accelerator, build_data, build_model, build_
 from contrastive.config import Config, load_config
 from contrastive.losses import InfoNCE
 from contrastive.models import train_tokenizer
-from contrastive.shards import open_cache, open_index
+from contrastive.shards import loader, open_cache, open_index
 from contrastive.training import adamw
 from contrastive.training.memory import keep_freed_memory
 from contrastive.training.trainer import Trainer
@@ -52,7 +52,7 @@ from contrastive.training.trainer import Trainer
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "step.json"
 WARM = 6  # steps ahead of the first turn
-EPOCH = 46  # and of one with the loader: what it reads, maps and tokenises once is not of 27 epochs in 28
+EPOCH = 46  # twice as many with the loader: what it reads, maps and tokenises once is not of 27 epochs in 28
 Found = dict[str, Any]
 LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 10, 500, 63
 
@@ -65,6 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+        loader.THREADS = arguments.threads
     with tempfile.TemporaryDirectory() as folder:
         found = measure(arguments.turns, arguments.steps, Path(folder))
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -74,7 +75,12 @@ def main() -> None:
 
 def measure(turns: int, steps: int, folder: Path) -> dict[str, Any]:
     """Each way beside the bare one. Times are in milliseconds."""
-    lasting = [f"train.steps={10 * turns * steps}", "checkpoint.every=null", "eval.every=null", "eval.report=false"]
+    lasting = [
+        f"train.steps={10 * (EPOCH + turns * steps)}",
+        "checkpoint.every=null",
+        "eval.every=null",
+        "eval.report=false",
+    ]
     recipe = ROOT / "recipes" / "pretrain" / "pictograms.yaml"
     builders.trainer.keep_freed_memory = lambda: None  # in the turns that want it
     config = load_config(recipe, [*lasting, f"track.log_every={LOG_EVERY}", f"track.probe_every={10**6}"])
@@ -92,33 +98,35 @@ def measure(turns: int, steps: int, folder: Path) -> dict[str, Any]:
         return Driven(build_trainer(own, accelerator, model, data, validation_index=index, quiet=True), batch)
 
     real = driven("trainer")
-    loader = real.trainer.make_loader(0, real.trainer.curriculum.last).loader
-    batch = loader._items[0]
+    items = real.trainer.make_loader(0, real.trainer.curriculum.last).loader._items
+    batch = items[0]
     resident = driven("resident", batch)
     bare = Bare(config, accelerator, build_model(config, tokenizer), batch)
     bare.step()
     faults = {"untouched": statistics.median(bare.faults_of_steps(WARM))}
     ways = [
-        {"way": "bare, memory kept", "beside": "left"} | beside(bare.keeping, bare.leaving, turns, steps),
-        {"way": "trainer", "beside": "left"} | real.beside(bare.leaving, turns, steps),
+        ("bare, memory kept", "left", beside(bare.keeping, bare.leaving, turns, steps)),
+        ("trainer", "left", real.beside(bare.leaving, turns, steps)),
     ]
     bare.seconds = {phase: [] for phase in bare.seconds}  # what is told of phases is with memory kept
     ways += [
-        {"way": "resident", "beside": "kept"} | resident.beside(bare.keeping, turns, steps),
-        {"way": "trainer", "beside": "kept"} | real.beside(bare.keeping, turns, steps),
+        ("resident", "kept", resident.beside(bare.keeping, turns, steps)),
+        ("trainer", "kept", real.beside(bare.keeping, turns, steps)),
     ]
     faults |= {"left": statistics.median(bare.faults["left"]), "kept": statistics.median(bare.faults["kept"])}
     periods = {"log line": LOG_EVERY, "checkpoint": SAVE_EVERY, "probe": PROBE_EVERY}
     now_and_then = {
-        "log line": real.median("log"), "checkpoint": real.median("save"),
+        "log line": real.median("log"), "checkpoint": 1e3 * real.seconds["save"][0],
         "probe": timed(lambda: real.trainer.probe(real.trainer.train_step.two_tower), 3),
     }  # fmt: skip
     spread = sum(milliseconds / periods[name] for name, milliseconds in now_and_then.items())
     return {
         "threads": torch.get_num_threads(), "batch": config.train.global_batch, "turns": turns, "steps": steps,
         "precision": accelerator.mixed_precision, "faults": faults,
-        "ways": [way | {"overhead": way["ratio"] + (spread / way["bare"] if "bare" not in way["way"] else 0) - 1}
-                 for way in ways],
+        "ways": [
+            {"way": way, "beside": memory, **found, "overhead": found["ratio"] + more / found["bare"] - 1}
+            for (way, memory, found), more in zip(ways, (0.0, spread, spread, spread), strict=True)
+        ],
         "phases": {"bare": bare.phases(), "resident": resident.phases(), "trainer": real.phases()},
         "parts": {
             "waiting for the loader": real.median("data"),
@@ -127,7 +135,7 @@ def measure(turns: int, steps: int, folder: Path) -> dict[str, Any]:
             "pixels to normalised floats (in bare too)": timed(lambda: normalise(bare.model, batch.pixels), 20),
         },
         "now and then": now_and_then, "spread": spread,
-        "loader's own time": timed(lambda: loader._items[1], 10, clock=time.process_time),
+        "loader's own time": timed(lambda: items[1], 10, clock=time.process_time),
     }  # fmt: skip
 
 
@@ -194,7 +202,8 @@ class Bare:
 
     def keeping(self, steps: int) -> list[float]:
         """Of steps whose freed memory is kept."""
-        keep_freed_memory()
+        if not keep_freed_memory():
+            raise SystemExit("nothing to compare: this is not glibc, or the environment sets its malloc")
         seconds = [self.step() for _ in range(steps)]
         self.faults["kept"] += self.faults_of_steps(1)
         return seconds
@@ -230,7 +239,7 @@ class Driven:
 
     def __init__(self, trainer: Trainer, batch: Any = None) -> None:
         self.trainer, self.batch = trainer, batch
-        self.warm = EPOCH if batch is None else WARM
+        self.warm = 2 * EPOCH if batch is None else WARM
         self.between: Callable[[], None] = lambda: None  # a bare turn
         self.steps = 0  # of a turn
         self.turns: list[list[float]] = []

@@ -27,7 +27,7 @@ from contrastive.losses import InfoNCE, fuse
 from contrastive.preflight import check_losses, check_shards
 from contrastive.pretrain import frozen_features, settle_tokenizer, teachers_of
 from contrastive.training import adamw, check_chunkable
-from contrastive.training.memory import end_above, peak_bytes, reset_peak
+from contrastive.training.memory import end_above, peak_bytes, release_freed_memory, reset_peak
 from contrastive.training.range_test import RangeTest, exponential_rates, range_test
 from contrastive.training.step import TrainStep
 
@@ -274,6 +274,8 @@ def _measure_one(step: TrainStep, batch: Any, pairs: int, seconds: float) -> Siz
     if on_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        release_freed_memory()  # of the size before, which no run of this one has
     reset_peak()
     try:
         step(batch, 1.0)  # makes the optimizer's state, and whatever else a first step makes

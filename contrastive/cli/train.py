@@ -7,6 +7,7 @@ import faulthandler
 import os
 import shlex
 import sys
+from contextlib import suppress
 from typing import Literal
 
 NAME = "train"
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)}: give one of them")
     if sys.__stderr__ is not None and not faulthandler.is_enabled():
-        faulthandler.enable(sys.__stderr__)  # where a library ends the process, days into a run
+        with suppress(ValueError, OSError):  # it is closed
+            faulthandler.enable(sys.__stderr__)  # else a crash in C, days into a run, says nothing of where it was
     if "" not in sys.path:  # a loss of the user's own lies where the user is, also for an installed command
         sys.path.insert(0, "")
     config = load_config(args.recipe, args.overrides)

@@ -26,9 +26,8 @@ from contrastive.shards.workers import from_workers, new_bytes
 
 VERSION = 4  # of the order, of the numbers drawn and of what they do: a change of either must not pass for the same run
 Tokenize = Callable[[list[str]], Any]
-THREADS = (
-    4  # of compiled code in a loader's process at most; more gain little where the rest of a batch is one thread's
-)
+# Of compiled code in a loader's process at most: what else a batch takes is the work of one thread.
+THREADS = 4
 
 
 class PairLoader:
@@ -107,8 +106,7 @@ class PairLoader:
 def threads_of(workers: int, world: int) -> int:
     """Of the compiled code in each loader's process: the cores of this machine shared out, as if all ranks were here.
 
-    Where the step is computed on the same cores it stands still until its slowest thread is done, so that work of a
-    batch costs it less if every core does some of it.
+    A batch is ready sooner (docs/experiments.md), which counts where the step is short, as on a GPU.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(THREADS, cores // (max(1, workers) * world)))
@@ -163,7 +161,7 @@ class _Steps:
         self.seed, self.size, self.fill = place.identity["seed"], transform["image_size"], transform["mean_fill"]
         self.caption_variants, self.decode = transform["caption_variants"], transform["decode"]
         self.caches = [open_cache(part) for part in mixture.parts] if cache else None
-        self.captions: dict[int, str] = {}  # where pixels are cached: what has been read, the oldest first
+        self.captions: dict[int, str] = {}  # where pixels are cached: what has been read
         self.recolor = partial(recolor_compiled, threads=threads) if threads else recolor
         self.threads = threads
         self.at_once = threads > 0 and cache and augment is not None and augment.rotate == 0
@@ -231,9 +229,10 @@ class _Steps:
         known = self.captions.get(sample)
         if known is not None:
             return known
-        caption = self.captions[sample] = self.mixture.caption(sample)
-        if len(self.captions) > CAPTIONS:
-            del self.captions[next(iter(self.captions))]
+        caption = self.mixture.caption(sample)
+        # Nothing is forgotten to make room: of samples in random order none is more likely to come again than another.
+        if len(self.captions) < CAPTIONS:
+            self.captions[sample] = caption
         return caption
 
     def _variant(self, sample: int, chance: float, which: float) -> str | None:

@@ -14,7 +14,7 @@ class TokenCache:
 
     tokenize: list of n captions → int64 (n, length), padded with `pad_id` behind each caption.
     width: the length that the tokenizer pads to whatever the captions; None: to the longest of a call.
-    captions: how many are remembered; the oldest are forgotten.
+    captions: how many are remembered, the first ones.
     """
 
     def __init__(
@@ -36,15 +36,11 @@ class TokenCache:
             lengths = np.where(used.any(1), used.shape[1] - used[:, ::-1].argmax(1), 0) + self._closing
             for caption, row, length in zip(new, found, lengths.tolist(), strict=True):
                 rows[caption] = row[:length].copy()
-            self._remember({caption: rows[caption] for caption in new})
+            for caption in new[: max(0, self.captions - len(self._known))]:
+                self._known[caption] = rows[caption]
         width = self.width or max((len(rows[caption]) for caption in captions), default=1) or 1
         tokens = np.full((len(captions), width), self.pad_id, np.int64)
         for number, caption in enumerate(captions):
             row = rows[caption]
             tokens[number, : len(row)] = row
         return torch.from_numpy(tokens)
-
-    def _remember(self, new: dict[str, np.ndarray]) -> None:
-        self._known.update(new)
-        for _ in range(len(self._known) - self.captions):
-            del self._known[next(iter(self._known))]

@@ -12,8 +12,11 @@ from pathlib import Path
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 EVERY_SECONDS = 0.005
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for mallopt(3)
-LARGEST_KEPT = 1 << 30  # bytes of a block
+# mallopt(3) of glibc: its numbers, and how the environment names what would be changed
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
+TUNABLES = tuple(f"glibc.malloc.{name}" for name in ("trim_threshold", "mmap_threshold", "mmap_max", "top_pad"))
+LARGEST_KEPT = (1 << 30, 1 << 25)  # bytes of a block; the second where an older glibc takes no more
 
 
 def reset_peak() -> None:
@@ -52,18 +55,25 @@ def end_above(limit: int, code: int) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """From now on this process keeps blocks up to `LARGEST_KEPT` that it frees, and takes them again.
+    """From now on this process keeps blocks up to a GiB (`LARGEST_KEPT`) that it frees, and takes them again.
 
     A training step on a CPU frees the hundreds of megabytes that the next one takes. glibc returns much of that to the
-    system, which hands out zeroed pages one by one: some twenty thousand faults a step, 7 % of its time, at the recipe
-    pretrain/pictograms (docs/training-time.md). No result changes. The peak grows by what lies in gaps: 7 % there.
+    system, which hands out zeroed pages one by one, some twenty thousand faults a step: docs/training-time.md has what
+    that costs. No result changes. The peak grows by what lies in gaps, and stays.
 
     Returns:
-        whether it was done: not without glibc, nor where the environment has settings for its malloc, which then hold.
+        whether it was done: not without glibc, nor where the environment has settings for this, which then hold.
     """
-    chosen = any(name.startswith("MALLOC_") for name in os.environ)
-    if platform.libc_ver()[0] != "glibc" or chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    chosen = any(name in os.environ for name in SETTINGS) or any(name in tunables for name in TUNABLES)
+    if platform.libc_ver()[0] != "glibc" or chosen:
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # either call ends glibc's own adapting of both
-    return bool(mallopt(_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(_TRIM_THRESHOLD, -1))
+    # each call ends glibc's own adapting of both
+    return any(mallopt(MMAP_THRESHOLD, size) for size in LARGEST_KEPT) and bool(mallopt(TRIM_THRESHOLD, -1))
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what lies free now, where the C library is glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

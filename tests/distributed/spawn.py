@@ -4,7 +4,6 @@ import datetime
 import faulthandler
 import os
 import pickle
-import signal
 import socket
 import tempfile
 import time
@@ -61,8 +60,9 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 6
                 process.join()
         codes = [process.exitcode for process in processes]
         if any(codes):
-            kind = Crash if {-signal.SIGABRT, -signal.SIGSEGV} & set(codes) else RuntimeError
-            raise kind(f"exit codes of the ranks: {codes}{_failures(folder)}")
+            told = _failures(folder)
+            crashed = "\nFatal Python error: " in told[:60]  # the first one, which may end the others in any way
+            raise (Crash if crashed else RuntimeError)(f"exit codes of the ranks: {codes}{told}")
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world)]
 
 
@@ -84,9 +84,8 @@ def _rank(rank: int, world: int, port: int, folder: str, timeout: float, fn: Any
         ACCELERATE_USE_CPU="true",
     )
     torch.set_num_threads(1)
-    error = Path(folder) / f"{rank}.error"
-    crash = error.open("w")
-    faulthandler.enable(crash)  # all threads' stacks, where a library ends the process
+    error = (Path(folder) / f"{rank}.error").open("a")
+    faulthandler.enable(error)  # all threads' stacks, where a library ends the process
     try:
         # a file, not the port: nobody else can have taken it in the meantime
         dist.init_process_group(
@@ -102,6 +101,7 @@ def _rank(rank: int, world: int, port: int, folder: str, timeout: float, fn: Any
             dist.barrier()  # nobody leaves while another still talks to it
             dist.destroy_process_group()
     except BaseException as reason:
-        error.write_text(traceback.format_exc())
+        error.write(traceback.format_exc())
+        error.flush()
         own = reason.code if isinstance(reason, SystemExit) else None  # what is tested may end with a code of its own
         raise SystemExit(own or 1) from None

@@ -32,6 +32,13 @@ def crash_on_last_rank(rank: int, world: int) -> None:
     dist.barrier()
 
 
+def crash_as_the_last_rank_fails(rank: int, world: int) -> None:
+    if rank == world - 1:
+        raise ValueError("the last rank gives up")
+    time.sleep(0.01)
+    os.abort()
+
+
 def test_results_come_back_in_order_of_rank() -> None:
     assert run_ranks(2, sum_of_ranks, 10) == [(0, 21.0), (1, 21.0)]
 
@@ -49,3 +56,9 @@ def test_hanging_rank_is_ended_after_the_timeout() -> None:
 def test_a_rank_that_a_library_ends_leaves_its_stacks() -> None:
     with pytest.raises(Crash, match="(?s)Fatal Python error: Aborted.*in crash_on_last_rank"):
         run_ranks(2, crash_on_last_rank)
+
+
+def test_an_error_is_no_crash_whatever_it_does_to_the_other_ranks() -> None:
+    with pytest.raises(RuntimeError, match="exit codes") as raised:
+        run_ranks(2, crash_as_the_last_rank_fails)
+    assert not isinstance(raised.value, Crash)
