@@ -1,4 +1,4 @@
-"""The one exception type for a user's mistake."""
+"""What a command tells in one line, without a traceback."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class Fault(UserError):
+    """What befell a process from outside, told as a mistake is; but starting again may help: exit code 1."""

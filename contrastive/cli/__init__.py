@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn, Protocol, cast
 
-from contrastive.errors import UserError
+from contrastive.errors import Fault, UserError
 
 COMMANDS = (
     "train", "shard", "check", "tokenizer", "embed", "classify", "probe", "evaluate", "interpolate", "recipes", "bench",
@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 2 for the user's mistake, 130 when interrupted."""
+    """Run one command; returns the exit code: 2 for the user's mistake, 1 for a fault, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     # One line a warning: the place in our code says nothing to whoever typed a command.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv[0], argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, Fault) else 2
     except OSError as error:  # a folder that is missing, no permission, a full disk
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 2

@@ -252,7 +252,7 @@ class DataConfig(Block):
         min_length=1,
         description="the folder that keeps features of teachers and of locked towers; null: features, beside run.dir",
     )
-    compiled: Literal["auto"] | bool = Field(
+    compiled: Literal["auto", True, False] = Field(
         "auto",
         description="colours, and crops of cached pixels, by code that is compiled for this machine (once, a second, "
         "wants a C compiler, and AVX2): the same pixels, faster; auto: where that is possible",

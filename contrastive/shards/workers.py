@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing  # its pipes pass tensors in shared memory
 
-from contrastive.errors import UserError
+from contrastive.errors import Fault, UserError
 
 AHEAD = 2  # items that each worker has in hand or ready
 BESIDE = 1 << 23  # bytes of a slot for what an item holds besides its pixels; pages that nobody touches cost nothing
@@ -44,8 +44,8 @@ def from_workers(items: Items, numbers: Iterable[int], count: int, timeout: floa
     tensors any more: the pages of fresh memory cost more than filling them, and torch's own way to pass a tensor on
     asks the worker once more, which is busy.
 
-    Raises UserError with a worker's own text when it raised one; when a worker dies; when an item has not come after
-    `timeout` seconds. Raises RuntimeError with the traceback of any other error of a worker.
+    Raises UserError with a worker's own text when it raised one; Fault when a worker dies; when an item has not come
+    after `timeout` seconds. Raises RuntimeError with the traceback of any other error of a worker.
     """
     workers = [_Worker(items, room) for _ in range(count)]
     remaining, asked = iter(numbers), deque[tuple[int, _Worker]]()
@@ -165,7 +165,7 @@ class _Worker:
     def answer(self, number: int, timeout: float) -> Any:
         ready = wait([self.pipe, self.process.sentinel], timeout)
         if not ready:
-            raise UserError(
+            raise Fault(
                 f"data.timeout: a loader worker did not finish the batch of step {number + 1} in {timeout:g} s; look "
                 "at the disk or network of the shards and at what else uses these cores (it has a low priority), "
                 "or raise data.timeout"
@@ -181,7 +181,7 @@ class _Worker:
             self.process.join(5.0)  # its pipe may close a moment before it is over
             code = self.process.exitcode
             how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-            raise UserError(
+            raise Fault(
                 f"data.workers: a loader worker {how} before the batch of step {number + 1} was ready; if memory was "
                 "short, use fewer workers or a smaller train.global_batch"
             ) from None

@@ -71,13 +71,13 @@ sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
-def test_the_command_ends_with_one_line_and_exit_code_2(corpus: Path, tmp_path: Path) -> None:
+def test_the_command_ends_with_one_line_and_the_exit_code_of_a_fault(corpus: Path, tmp_path: Path) -> None:
     from tests.tiny import write_recipe
 
     recipe = write_recipe(corpus, tmp_path / "tiny.yaml")
     command = [sys.executable, "-c", SCRIPT, str(recipe), f"run.dir={tmp_path}/run", "data.workers=2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
+    assert done.returncode == 1  # not 2, a mistake: started again it goes on
     assert "was killed by signal 9" in done.stderr and "Traceback" not in done.stderr
 
 
