@@ -46,7 +46,7 @@ from contrastive.losses import InfoNCE
 from contrastive.models import train_tokenizer
 from contrastive.shards import loader, open_cache, open_index
 from contrastive.training import adamw
-from contrastive.training.memory import keep_freed_memory
+from contrastive.training.memory import MMAP_THRESHOLD, TRIM_THRESHOLD, keep_freed_memory
 from contrastive.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,8 +177,8 @@ def normalise(model: Any, pixels: torch.Tensor) -> torch.Tensor:
 def leave_freed_memory() -> None:
     """glibc's thresholds as it raises them itself at most (mallopt(3)); it cannot be told to adapt again."""
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(-3, 32 << 20)
-    mallopt(-1, 64 << 20)
+    mallopt(MMAP_THRESHOLD, 32 << 20)
+    mallopt(TRIM_THRESHOLD, 64 << 20)
 
 
 class Bare:

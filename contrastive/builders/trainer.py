@@ -55,6 +55,8 @@ class FrozenFeatures(NamedTuple):
 def build_accelerator(config: Config) -> Accelerator:
     """accelerate's view of the machine: precision, processes, trackers.
 
+    Sets the process up for it too: `train.threads`, and on a CPU freed memory is kept, see `keep_freed_memory`.
+
     Raises:
         UserError: the precision is not to be had on this device, or a tracker is not installed.
     """

@@ -58,8 +58,8 @@ def keep_freed_memory() -> bool:
     """From now on this process keeps blocks up to a GiB (`LARGEST_KEPT`) that it frees, and takes them again.
 
     A training step on a CPU frees the hundreds of megabytes that the next one takes. glibc returns much of that to the
-    system, which hands out zeroed pages one by one, some twenty thousand faults a step: docs/training-time.md has what
-    that costs. No result changes. The peak grows by what lies in gaps, and stays.
+    system, which hands out zeroed pages one by one, thousands of faults a step: docs/training-time.md has what that
+    costs. No result changes. The peak grows by what lies in gaps, and stays.
 
     Returns:
         whether it was done: not without glibc, nor where the environment has settings for this, which then hold.
