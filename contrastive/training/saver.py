@@ -9,7 +9,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from contrastive.training.checkpoint import Snapshot, prune, write_checkpoint
+from contrastive.training.checkpoint import Snapshot, list_checkpoints, prune, write_checkpoint
 
 BEST = "best.json"
 NICENESS = 5  # of the thread that writes: behind a step on the same cores, and done in much the same time all the same
@@ -80,9 +80,11 @@ class Saver:
             prune(self.folder, keep=self.keep, keep_every=self.keep_every, best=self._best and self._best[0])
         except Exception as fault:  # of this thread: the trainer tells it, on all processes at the same step
             reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else str(fault) or repr(fault)
+            left = "the one before is whole. Make room and go on with --resume"
+            if not list_checkpoints(self.folder):
+                left = "there is none before it. Make room and start the run again"
             self.failed = (
-                f"{self.folder}: the checkpoint of step {snapshot.step} could not be written ({reason}); "
-                f"the one before is whole. Make room and go on with --resume"
+                f"{self.folder}: the checkpoint of step {snapshot.step} could not be written ({reason}); {left}"
             )
 
     @property

@@ -239,6 +239,16 @@ def test_a_checkpoint_that_cannot_be_written_stops_both_ranks_and_the_one_before
     resumes_from(tmp_path, corpus, undisturbed)
 
 
+def test_a_first_checkpoint_that_cannot_be_written_is_not_said_to_have_one_before_it(
+    tmp_path: Path, corpus: Path
+) -> None:
+    assert ends(2, tmp_path, corpus, "checkpoint.every=6", fault=("error_in_save", "disk full")) == [0, 0]
+    assert steps_saved(tmp_path) == []
+    errors = [json.loads(path.read_text())["error"] for path in sorted(tmp_path.glob("ended-*.json"))]
+    assert errors[0] == errors[1] and "the checkpoint of step 6 could not be written" in errors[0]
+    assert "there is none before it. Make room and start the run again" in errors[0]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs wants root")
 def test_a_small_file_system_that_is_full_stops_the_run_with_its_old_checkpoint(
     tmp_path: Path, corpus: Path, undisturbed: Path
