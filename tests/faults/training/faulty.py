@@ -52,10 +52,11 @@ def ends(
     fault: Fault | None = None,
     resume: Any = "if possible",
     timeout: float = 60,
+    stuck: int | None = None,
 ) -> list[int]:
     """Start the ranks, wait until each has ended by itself, at most `timeout` seconds; their exit codes.
 
-    A rank that is still there then is killed and counts as -9.
+    A rank that is still there then is killed and counts as -9; so is `stuck`, once the others have ended.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(spawn.PRELOAD)
@@ -69,8 +70,9 @@ def ends(
     for process in processes:
         process.start()
     deadline = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(0.1, deadline - time.monotonic()))
+    for rank in sorted(range(world), key=lambda rank: rank == stuck):
+        process = processes[rank]
+        process.join(0.1 if rank == stuck else max(0.1, deadline - time.monotonic()))
         if process.exitcode is None:
             process.kill()
             process.join()
