@@ -6,6 +6,7 @@ import argparse
 import faulthandler
 import os
 import shlex
+import shutil
 import sys
 from contextlib import suppress
 from typing import Literal
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         resume = "if possible"
     results = pretrain(config, resume=resume, overwrite=args.overwrite and not again)
     if results is None and "RANK" not in os.environ:  # else a launcher stands before it
+        program = ["contrastive"] if shutil.which("contrastive") else [sys.executable, "-m", "contrastive"]
         options = ["--allow-pipe"] if args.allow_pipe else []
-        print("go on with: " + shlex.join(["contrastive", "train", args.recipe, *args.overrides, *options, "--resume"]))
+        print("go on with: " + shlex.join([*program, "train", args.recipe, *args.overrides, *options, "--resume"]))
     return STOPPED if results is None else 0

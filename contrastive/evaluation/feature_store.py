@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from contrastive.evaluation.stored import (
     model_hash,
     preprocessing_hash,
     rank_and_world,
-    wait_for_ranks,
+    together,
     write_json,
     write_rows,
 )
@@ -78,27 +78,33 @@ def stored_features(
     identity = {"format": FORMAT, "model": _towers_hash(model), "features": features, "data": data.fingerprint}
     folder = store / hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
     rank = rank_and_world()[0]
-    if rank == 0:
-        with suppress(OSError):  # every rank will see that it is not there
-            folder.mkdir(parents=True, exist_ok=True)
-    wait_for_ranks()
-    if not folder.is_dir():
-        raise UserError(f"data.features: {folder} cannot be made, or process {rank} does not see it; choose another")
+    with together():
+        if rank == 0:
+            with suppress(OSError):  # every rank will see that it is not there
+                folder.mkdir(parents=True, exist_ok=True)
+    with together():
+        if not folder.is_dir():
+            raise UserError(
+                f"data.features: {folder} cannot be made, or process {rank} does not see it; choose another"
+            )
     try:
-        with _alone(folder / "lock", rank == 0, say):
-            wait_for_ranks()
-            found = _open(folder, len(data))
+        with ExitStack() as held:
+            with together():
+                if rank == 0:
+                    held.enter_context(_alone(folder / "lock", say))
+            with together():  # nobody writes before all have looked
+                found = _open(folder, len(data))
             if found is not None:
                 say(f"features of {name} on {len(data):,} pairs are in {folder}")
-            wait_for_ranks()  # nobody writes before all have looked
-            if found is None:
+            else:
                 say(f"running {name} once over {len(data):,} pairs; the features stay in {folder}")
                 _fill(folder, model, data, features, {**identity, "name": name}, progress)
-                found = _open(folder, len(data))
+                with together():
+                    found = _open(folder, len(data))
+                    if found is None:
+                        raise UserError(f"data.features: process {rank} does not find all of {folder}; choose another")
     except OSError as fault:
         raise UserError(f"data.features: cannot write {folder} ({fault.strerror}); choose another folder") from fault
-    if found is None:
-        raise UserError(f"data.features: process {rank} does not find all of {folder}; choose another folder")
     return found
 
 
@@ -114,19 +120,17 @@ def _fill(
         rejected |= {offset + i: reason for i, reason in reasons.items()}
         read = np.array([i not in reasons for i in range(len(part))])
         assert read.sum() == len(found.keys)
-        if main:
-            for kind, rows in zip(KINDS, (found.image, found.text), strict=True):
-                _put_in_place(folder / f".{kind}.npy", rows, read, offset, len(data))
-    try:
-        wait_for_ranks()  # each has opened what the main one deletes
+        with together():  # each has opened, too, what the main one deletes
+            if main:
+                for kind, rows in zip(KINDS, (found.image, found.text), strict=True):
+                    _put_in_place(folder / f".{kind}.npy", rows, read, offset, len(data))
+    with together():
         if main:
             for kind in KINDS:
                 os.replace(folder / f".{kind}.npy", folder / f"{kind}.npy")
             sizes = {kind: (folder / f"{kind}.npy").stat().st_size for kind in KINDS}
             write_json(folder / "whole.json", {**identity, "bytes": sizes, "rejected": rejected}, indent=2)
             shutil.rmtree(folder / "filling", ignore_errors=True)  # a network's disk keeps what is open
-    finally:
-        wait_for_ranks()  # also behind an error here, which the others meet as a folder that is not whole
 
 
 def _put_in_place(file: Path, rows: NDArray[np.float32], read_S: NDArray[np.bool_], offset: int, samples: int) -> None:
@@ -155,11 +159,8 @@ def _open(folder: Path, samples: int) -> StoredFeatures | None:
 
 
 @contextmanager
-def _alone(path: Path, main: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """Keep other runs out, by a lock of the main process that ends with it, however it ends."""
-    if not main:
-        yield
-        return
+def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep other runs out, by a lock of this process that ends with it, however it ends."""
     try:
         import fcntl
     except ImportError:  # Windows

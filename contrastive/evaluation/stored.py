@@ -15,6 +15,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,26 +78,26 @@ def embed_stored(
 
     make = {"image": on_images(model, features)}
     first, last = _slice(len(parts))
-    for part in range(first, last):
-        start = part * PART
-        items = [read_item(start + offset, item) for offset, item in enumerate(parts[part])]
-        if len(items) != min(PART, total - start):
-            raise UserError(f"{source}: its number of rows changed while it was read; try again")
-        content = _digest(*(content_hash(*item) for item in items))
-        file = folder / "parts" / f"image-{part:06d}.json"
-        if _part(file).get("content") != content or not (folder / "image.npy").exists():
-            file.unlink(missing_ok=True)  # before its rows change
-            seen = extract_items(model, items, make, batch_size, workers, invert, dtype, None, total)
-            read = np.array([reason is None for reason in seen.reasons])
-            for kind, rows in seen.features.items():
-                whole = np.zeros((len(items), *rows.shape[1:]), rows.dtype)
-                whole[read] = rows
-                write_rows(folder / f"{kind}.npy", total, start, whole)
-            outcomes = [(r.key, r.label, r.captions, why) for (r, _), why in zip(items, seen.reasons, strict=True)]
-            write_json(file, {"content": content, "items": outcomes})
-        if progress is not None:
-            progress(min(start + PART, last * PART, total), total)
-    wait_for_ranks()
+    with together():
+        for part in range(first, last):
+            start = part * PART
+            items = [read_item(start + offset, item) for offset, item in enumerate(parts[part])]
+            if len(items) != min(PART, total - start):
+                raise UserError(f"{source}: its number of rows changed while it was read; try again")
+            content = _digest(*(content_hash(*item) for item in items))
+            file = folder / "parts" / f"image-{part:06d}.json"
+            if _part(file).get("content") != content or not (folder / "image.npy").exists():
+                file.unlink(missing_ok=True)  # before its rows change
+                seen = extract_items(model, items, make, batch_size, workers, invert, dtype, None, total)
+                read = np.array([reason is None for reason in seen.reasons])
+                for kind, rows in seen.features.items():
+                    whole = np.zeros((len(items), *rows.shape[1:]), rows.dtype)
+                    whole[read] = rows
+                    write_rows(folder / f"{kind}.npy", total, start, whole)
+                outcomes = [(r.key, r.label, r.captions, why) for (r, _), why in zip(items, seen.reasons, strict=True)]
+                write_json(file, {"content": content, "items": outcomes})
+            if progress is not None:
+                progress(min(start + PART, last * PART, total), total)
 
     found = [_part(folder / "parts" / f"image-{part:06d}.json") for part in range(len(parts))]
     every = [item for part in found for item in part["items"]]
@@ -110,20 +111,21 @@ def embed_stored(
         )
 
     texts, owners_T = caption_rows(kept, text)
-    text_files = _texts(model, folder, texts, features, batch_size, dtype)
-    wait_for_ranks()
-    of_image = {kind: _rows(folder / f"{kind}.npy", read) for kind in _kinds(folder, features)}
-    of_text = {kind: _mapped(file) for kind, file in text_files.items()}
-    if rank_and_world()[0] == 0:
-        summary = {
-            **identity,
-            **place,
-            "content": content,
-            "rows": len(kept),
-            "texts": len(texts),
-            "failures": failures,
-        }
-        write_json(folder / "summary.json", summary, indent=2)
+    with together():
+        text_files = _texts(model, folder, texts, features, batch_size, dtype)
+    with together():
+        of_image = {kind: _rows(folder / f"{kind}.npy", read) for kind in _kinds(folder, features)}
+        of_text = {kind: _mapped(file) for kind, file in text_files.items()}
+        if rank_and_world()[0] == 0:
+            summary = {
+                **identity,
+                **place,
+                "content": content,
+                "rows": len(kept),
+                "texts": len(texts),
+                "failures": failures,
+            }
+            write_json(folder / "summary.json", summary, indent=2)
     return assemble(kept, failures, of_image, of_text, texts, owners_T, content)
 
 
@@ -260,9 +262,26 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def wait_for_ranks() -> None:
-    if rank_and_world()[1] > 1:
-        dist.barrier()
+@contextmanager
+def together() -> Iterator[None]:
+    """A block that all ranks leave together, behind an error of one of them all with an error: nobody waits in vain.
+
+    Raises:
+        Exception: the block's own, and on the others that of the first rank that had one.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    rank, world = rank_and_world()
+    everyones: list[Exception | None] = [None] * world
+    everyones[rank] = own if isinstance(own, (UserError, OSError, type(None))) else RuntimeError(repr(own))
+    if world > 1:
+        dist.all_gather_object(everyones, everyones[rank])
+    for fault in (own, *everyones):
+        if fault is not None:
+            raise fault
 
 
 def _digest(*parts: bytes) -> str:

@@ -262,7 +262,9 @@ class Trainer:
         Raises:
             UserError: see `fit`; a rank whose own loader raised `fault` raises that.
         """
-        failed = self.skips.failed if fault is None else str(fault) or type(fault).__name__
+        failed = None if self.skips.failed is None else UserError(self.skips.failed)
+        if fault is not None:  # of whatever kind; ours keep theirs on the other ranks, and so their exit code
+            failed = fault if isinstance(fault, UserError) else UserError(str(fault) or type(fault).__name__)
         own = (stop, [] if batch is None else batch.rejected, failed, self.saver.failed)
         everyones = [own]
         if self.accelerator.num_processes > 1:
@@ -280,7 +282,7 @@ class Trainer:
             if fault is not None:
                 raise fault
             if faults:
-                raise UserError(faults[0])
+                raise faults[0]
             self.skips.add(self.step + 1, [one for _, rejected, _, _ in everyones for one in rejected])
         except Exception as error:
             if unsaved:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,11 +97,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(recipe, capsys, change, words):
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
 
 
-def test_a_run_that_was_stopped_prints_the_command_to_go_on_with(recipe, capsys, monkeypatch):
+@pytest.mark.parametrize(("found", "program"), [
+    ("/usr/bin/contrastive", ["contrastive"]),
+    (None, [sys.executable, "-m", "contrastive"]),
+])  # fmt: skip
+def test_a_run_that_was_stopped_prints_the_command_to_go_on_with(recipe, capsys, monkeypatch, found, program):
+    monkeypatch.setattr(shutil, "which", lambda name: found)
     monkeypatch.setattr("contrastive.pretrain.pretrain", lambda *_, **__: None)
     assert main(["train", *recipe, "train.steps=3", "--allow-pipe"]) == STOPPED
     words = capsys.readouterr().out.split()
-    assert words[:5] == ["go", "on", "with:", "contrastive", "train"]
+    assert words[: 4 + len(program)] == ["go", "on", "with:", *program, "train"]
     assert words[-3:] == ["train.steps=3", "--allow-pipe", "--resume"]
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from contrastive import pretrain as job
 from contrastive.errors import UserError
-from contrastive.evaluation import embed, stored
+from contrastive.evaluation import embed, feature_store, stored
 from contrastive.models import TwoTower, load
 from contrastive.pretrain import pretrain
 from contrastive.shards import open_index, open_source, write_shards
@@ -279,3 +280,28 @@ def with_a_late_reader(rank: int, world: int, corpus: Path, folder: Path, teache
 
 def test_what_a_late_rank_has_still_to_read_is_not_deleted(corpus, tmp_path, teachers):
     assert run_ranks(2, with_a_late_reader, corpus, tmp_path, teachers[0]) == [16, 24]
+
+
+def with_a_full_disk(rank: int, world: int, corpus: Path, folder: Path, teacher: Path, at: int, where: str) -> str:
+    module = {"part": stored, "whole": feature_store}[where]
+    plain = module.write_rows
+
+    def write(file: Path, *arguments) -> None:
+        if rank == at:
+            raise OSError(28, "No space left on device", str(file))
+        plain(file, *arguments)
+
+    module.write_rows = write
+    try:
+        on_ranks(rank, world, corpus, folder, teacher)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("at", "where"), [(0, "part"), (1, "part"), (0, "whole")])
+def test_a_full_disk_of_one_rank_ends_all_with_the_same_line(corpus, tmp_path, teachers, at, where):
+    told = run_ranks(2, with_a_full_disk, corpus, tmp_path, teachers[0], at, where)
+    assert told[0] == told[1]
+    assert re.fullmatch(r"data.features: cannot write .* \(No space left on device\); choose another folder", told[0])
+    assert sum(run_ranks(2, on_ranks, corpus, tmp_path, teachers[0])) == {"part": 24 if at else 16, "whole": 0}[where]

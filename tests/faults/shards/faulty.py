@@ -35,17 +35,18 @@ def corpus_with(folder: Path, bad: int, samples_per_shard: int = 10, copies: int
 
 
 def run(rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[str], **options: Any) -> dict[str, Any]:
-    """Train; the error of a run that ended with one, the seconds it took, the worker processes that are left."""
+    """Train; the error it ended with and its kind, the seconds it took, the workers that are left."""
     torch.set_num_threads(1)
     # what started the rank left its own way, in which a worker imports everything anew: seconds that tests count
     multiprocessing.set_start_method("fork", force=True)
     config = tiny_config(corpus, run_dir / "run", "data.validation=null", *overrides)
-    begun, error = time.monotonic(), None
+    begun, error, kind = time.monotonic(), None, None
     try:
         pretrain(config, quiet=True, **options)
     except UserError as fault:
-        error = str(fault)
-    return {"error": error, "seconds": time.monotonic() - begun, "workers": len(multiprocessing.active_children())}
+        error, kind = str(fault), type(fault).__name__
+    seconds, workers = time.monotonic() - begun, len(multiprocessing.active_children())
+    return {"error": error, "kind": kind, "seconds": seconds, "workers": workers}
 
 
 def children(parent: int) -> list[int]:

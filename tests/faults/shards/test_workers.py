@@ -46,6 +46,8 @@ def test_a_worker_with_a_fault_ends_every_rank_with_its_one_line(
         assert rank["error"] is not None and re.search(words, rank["error"]) and "\n" not in rank["error"]
         assert rank["workers"] == 0
     assert len({rank["error"] for rank in ended}) == 1
+    # what starting again may mend, exit code 1, is that on every rank
+    assert {rank["kind"] for rank in ended} == {"UserError" if fault == "raises" else "Fault"}
     done = int(re.search("goes on from step (.)", ended[0]["error"])[1])  # type: ignore[index]
     # all that was trained is kept; what the dead worker had ready for step 5 may be lost with it
     assert done in ((4, 5) if fault == "dies" else (5,))
