@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from contrastive.config import load_config
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import PATIENCE, run_ranks
 from tests.losses.dense import features, gradients, relative_error
 from tests.tiny import write_corpus, write_recipe
 
@@ -78,7 +78,7 @@ def test_the_worked_example_trains_by_its_import_path(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, f"run.dir={tmp_path}/run", "train.steps=2"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

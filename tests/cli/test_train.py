@@ -12,6 +12,7 @@ import pytest
 import contrastive
 from contrastive.cli import main
 from contrastive.pretrain import STOPPED
+from tests.distributed.spawn import PATIENCE
 from tests.tiny import write_corpus, write_recipe
 
 
@@ -28,7 +29,7 @@ def recipe(corpus, tmp_path) -> list[str]:
 
 def run_command(command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment)
 
 
 def errors(capsys) -> list[str]:
@@ -135,7 +136,7 @@ def test_a_launcher_runs_the_same_command(recipe, tmp_path, launcher):
     port = ["--master-port" if "torch" in launcher[0] else "--main_process_port", str(20000 + os.getpid() % 20000)]
     command = [sys.executable, "-m", *launcher, *port, "-m", "contrastive", "train", *recipe]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 processes x 8" in done.stdout
@@ -148,7 +149,7 @@ def test_a_batch_that_does_not_divide_names_those_that_do(recipe):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
     command += ["-m", "contrastive", "train", *recipe, "train.global_batch=15"]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode != 0
     assert "15 is not divisible by 2 processes; use 14 or 16" in done.stderr

@@ -19,12 +19,15 @@ import torch.multiprocessing as multiprocessing
 # What the server of ranks has imported before it forks one: the whole package, which takes a core seven seconds.
 PRELOAD = ["torch", "torch.distributed", "open_clip", "accelerate", "contrastive.pretrain"]
 
+# Seconds after which whatever a test waits for counts as stuck: far more than a machine takes that does much else.
+PATIENCE = 300.0
+
 
 class Crash(RuntimeError):
     """A rank was ended by a library, not by an exception: memory that is not its own, a failed assertion in C."""
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = PATIENCE) -> list[Any]:
     """`[fn(rank, world, *args) for each rank]`, each rank a new process with an initialised gloo group.
 
     `fn` is a module-level function; arguments and results are pickled. The environment has RANK, LOCAL_RANK,

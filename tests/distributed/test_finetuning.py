@@ -47,7 +47,7 @@ def test_adapters_learn_on_two_processes_as_on_one(corpus, tmp_path):
     pytest.importorskip("peft")
     lora = ["model.image.lora={rank: 2}", "model.text.lora={rank: 2}", "optim.lr=1e-2"]
     one = train(0, 1, corpus, tmp_path / "one", lora)
-    two = run_ranks(2, train, corpus, tmp_path / "two", lora, timeout=150)[0]
+    two = run_ranks(2, train, corpus, tmp_path / "two", lora)[0]
     for column in (0, 1):
         assert [row[column] for row in two] == pytest.approx([row[column] for row in one], rel=1e-4)
     assert one[-1][0] < one[0][0]

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed.spawn import PATIENCE
 from tests.tiny import write_corpus, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = ["data.validation=null", "checkpoint.every=2", "train.steps=12"]
+OPTIONS = ["data.validation=null", "checkpoint.every=2", "train.steps=30"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def same(one: Path, two: Path) -> bool:
 def one_node(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("one") / "run"
     command = [*torchrun("--standalone", "--nproc-per-node", "2"), str(recipe), f"run.dir={run_dir}", *OPTIONS]
-    subprocess.run(command, check=True, env=environment(), capture_output=True, timeout=120)
+    subprocess.run(command, check=True, env=environment(), capture_output=True, timeout=PATIENCE)
     return run_dir
 
 
@@ -62,7 +63,7 @@ def test_two_nodes_with_a_rendezvous_of_their_own_are_one_run(recipe: Path, tmp_
         place = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "job"]
         command = [*torchrun(*place, "--rdzv-endpoint", f"127.0.0.1:{port}"), str(recipe), f"run.dir={tmp_path}/run"]
         nodes.append(subprocess.Popen([*command, *OPTIONS], env=environment(), stderr=subprocess.PIPE))
-    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    assert [node.wait(timeout=PATIENCE) for node in nodes] == [0, 0]
     assert same(tmp_path / "run", one_node)
 
 
@@ -73,16 +74,16 @@ def test_torchrun_restarts_a_run_that_lost_a_process_and_it_goes_on_by_itself(
     place = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
     command = [*torchrun(*place), str(recipe), f"run.dir={run_dir}", *OPTIONS]
     run = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while not (run_dir / "checkpoints" / "step_2").is_dir():
         assert time.monotonic() < deadline and run.poll() is None
         time.sleep(0.005)
     victims = [pid for pid in processes(run.pid) if b"contrastive" in command_of(pid)]
     os.kill(victims[-1], signal.SIGKILL)
-    assert run.wait(timeout=120) == 0
+    assert run.wait(timeout=PATIENCE) == 0
     assert same(run_dir, one_node)
     steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and steps[-1] == 12
+    assert steps == sorted(steps) and steps[-1] == 30
 
 
 def processes(parent: int) -> list[int]:

@@ -132,7 +132,7 @@ def expected_of_one_process(name: str, rows: int, uneven: bool) -> dict[str, Ten
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("world", ROWS)
 def test_mean_over_ranks_is_the_global_loss_and_gradient_in_every_way(world: int, dtype: torch.dtype) -> None:
-    ranks = run_ranks(world, all_cases, dtype, timeout=200)
+    ranks = run_ranks(world, all_cases, dtype)
     errors, expected = {}, {}
     for name, uneven, *way in ranks[0]:
         if (name, uneven) not in expected:
@@ -392,7 +392,7 @@ def wrong_on_rank_1(rank: int, world: int) -> dict[str, str]:
 
 
 def test_what_one_rank_refuses_ends_all_ranks_alike_with_the_reason_where_it_is_known() -> None:
-    first, second = run_ranks(2, wrong_on_rank_1, timeout=30)
+    first, second = run_ranks(2, wrong_on_rank_1)
     for name in ("norms", "ids of another type", "no tensor", "the loss's own", "the teacher's", "samples"):
         assert first[name] == "ranks [1] of 2 refused their part of the batch; see the error of rank 1", name
     assert second["samples"].startswith("samples from 3 to 5: sogclr knows numbers below 5")

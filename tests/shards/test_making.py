@@ -25,6 +25,7 @@ from contrastive.shards import (
     write_shards,
 )
 from contrastive.shards.pools import run_here
+from tests.distributed.spawn import PATIENCE
 
 from .conftest import VAL, encoded, records
 
@@ -289,7 +290,7 @@ def test_a_cluster_that_is_not_there_is_told(tmp_path: Path) -> None:
 def test_an_orphaned_process_ends_by_itself(tmp_path: Path) -> None:
     parent = multiprocessing.get_context("spawn").Process(target=_sleepers, args=(tmp_path,))
     parent.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     pids = [int(path.stem) for path in tmp_path.glob("*.pid")]

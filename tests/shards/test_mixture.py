@@ -175,8 +175,8 @@ def test_a_run_on_two_sets_is_the_same_on_one_process_and_two(tmp_path: Path, ki
     write_corpus(tmp_path / "c")
     write_more(tmp_path / "c")
     for resume in (False, True):
-        one = run_ranks(1, train_on_two_sets, tmp_path / "c", tmp_path / "1", kind, resume, timeout=90)[0]
-        two = run_ranks(2, train_on_two_sets, tmp_path / "c", tmp_path / "2", kind, resume, timeout=90)[0]
+        one = run_ranks(1, train_on_two_sets, tmp_path / "c", tmp_path / "1", kind, resume)[0]
+        two = run_ranks(2, train_on_two_sets, tmp_path / "c", tmp_path / "2", kind, resume)[0]
     assert len(one) == 5  # an epoch of the mixture reads the set of weight 1 once: 160 pairs, half of it 80
     assert two == pytest.approx(one, rel=1e-4)
 

@@ -14,6 +14,7 @@ from PIL import Image
 from contrastive.cli import main, shard
 from contrastive.errors import UserError
 from contrastive.shards import open_index, open_source, pools
+from tests.distributed.spawn import PATIENCE
 
 from ..tiny import tiny_config, write_corpus
 from .conftest import VAL, encoded
@@ -134,11 +135,11 @@ def test_ctrl_c_ends_every_process_and_a_new_run_goes_on(tmp_path: Path) -> None
         command, start_new_session=True, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not list(tmp_path.glob("out.unfinished/parts/*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(child.pid, signal.SIGINT)
-    _, said = child.communicate(timeout=30)
+    _, said = child.communicate(timeout=PATIENCE)
     assert child.returncode == 130
     assert said.splitlines()[-1] == "interrupted" and "Traceback" not in said
     while (left := living(child.pid)) and time.monotonic() < deadline:

@@ -179,8 +179,8 @@ def test_the_wait_for_a_copy_is_saving_and_no_training(make_config, monkeypatch)
     pretrain(config, quiet=True)
     rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "train/seconds" in row]
-    assert sum(row["train/time_saving"] > 0.5 for row in rows) >= 3  # in shares of a step: that is where the time is
-    assert rows[-1]["train/seconds"] - rows[0]["train/seconds"] < 1.0
+    assert sum(row["train/time_saving"] > 0.3 for row in rows) >= 3  # in shares of a step: that is where the time is
+    assert rows[-1]["train/seconds"] - rows[0]["train/seconds"] < 4 * 0.5
 
 
 def test_a_copy_that_fails_lets_the_run_go_on_to_tell_it(make_config, monkeypatch):

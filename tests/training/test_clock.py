@@ -243,7 +243,7 @@ def run_with_a_late_loader(rank: int, world: int, corpus: Path, run_dir: Path) -
 
 def test_shares_are_means_over_processes(corpus, tmp_path):
     """One of two processes waits for data, the other one for that process."""
-    run_ranks(2, run_with_a_late_loader, corpus, tmp_path, timeout=120)
+    run_ranks(2, run_with_a_late_loader, corpus, tmp_path)
     found = read_metrics(tmp_path / "run" / "metrics.jsonl")
     for row in [row for row in found if "train/time_data" in row][1:]:
         assert row["train/time_data"] == pytest.approx(0.5, abs=0.25)

@@ -276,7 +276,7 @@ def sizes_by_the_clock(rank: int, world: int, corpus: Path, folder: Path) -> lis
 
     TrainStep.__call__ = call  # type: ignore[method-assign]
     stages = "train.curriculum=[{until: 30%, size: 8}, {until: 60%, size: 16}]"
-    config = tiny_config(corpus, folder / "run", *FIXED, stages, "train.steps=null", "train.minutes=0.05")
+    config = tiny_config(corpus, folder / "run", *FIXED, stages, "train.steps=null", "train.minutes=0.1")
     pretrain(config, quiet=True)
     return seen
 

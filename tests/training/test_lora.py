@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from contrastive.errors import UserError
 from contrastive.models import describe, load
 from contrastive.pretrain import pretrain
+from tests.distributed.spawn import PATIENCE
 
 pytest.importorskip("peft")
 
@@ -47,7 +48,7 @@ def test_the_saved_model_is_merged_and_is_what_the_adapters_made(run):
 def test_the_saved_model_opens_where_peft_is_not_installed(run):
     code = "import sys; sys.modules['peft'] = None; import contrastive; "
     code += f"model = contrastive.load({str(folder(run))!r}, device='cpu'); print(model.dim)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.strip() == "16", done.stderr
 
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.distributed.spawn import PATIENCE
+
 # Blocks as a step has them: larger than what glibc keeps by itself, several at a time, and something small on top.
 SCRIPT = """
 import ctypes, json, resource, sys
@@ -39,7 +41,9 @@ def measured(mode: str, **environment: str) -> tuple[bool | None, int, int]:
     """What `keep_freed_memory` returned, the page faults of a later step, the bytes that were given back at the end."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", SCRIPT, mode]
-    done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(
+        command, env=clean | environment, capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
     kept, faults, released = json.loads(done.stdout)
     return kept, faults, released
 

@@ -19,7 +19,7 @@ from contrastive.evaluation import embed, feature_store, stored
 from contrastive.models import TwoTower, load
 from contrastive.pretrain import pretrain
 from contrastive.shards import open_index, open_source, write_shards
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import PATIENCE, run_ranks
 from tests.tiny import tiny_config, write_corpus
 
 
@@ -209,7 +209,7 @@ def test_killed_while_storing_the_next_start_goes_on_behind_the_parts_that_are_d
     config = student(corpus, tmp_path, teachers[0])
     process = multiprocessing.get_context("fork").Process(target=train_and_die, args=(config, parts))
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     (folder,) = stores(tmp_path)
     assert not (folder / "whole.json").exists()
@@ -238,7 +238,7 @@ def test_of_two_runs_at_once_one_makes_the_features(corpus, tmp_path, teachers):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(100)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     assert sorted(int((tmp_path / f"{name}.txt").read_text()) for name in configs) == [0, 40]
     assert same(*map(weights, configs.values()))

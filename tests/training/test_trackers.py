@@ -12,6 +12,7 @@ from contrastive.build import build_accelerator
 from contrastive.errors import UserError
 from contrastive.pretrain import pretrain
 from contrastive.training import read_metrics
+from tests.distributed.spawn import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = """
@@ -51,7 +52,9 @@ overrides = ["track.with=[tensorboard, {name}]", "track.log_every=2", "train.ste
 pretrain(tiny_config(Path({str(corpus)!r}), Path({str(tmp_path)!r}) / "mine", *overrides), quiet=True)
 """
     environment = {**os.environ, "NOTES": str(tmp_path / "notes"), "PYTHONPATH": f"{ROOT}:{tmp_path / 'packages'}"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     begin, *logged, end = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
     assert begin == ["init", {"project": "contrastive", "name": "mine"}] and end == ["finish"]

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 
+from tests.distributed.spawn import PATIENCE
+
 ERROR = """
 import sys
 from contrastive.config import load_config
@@ -31,7 +33,7 @@ def ended(script, corpus, tmp_path):
 
     recipe = write_recipe(corpus, tmp_path / "tiny.yaml")
     command = [sys.executable, "-c", script, str(recipe), str(tmp_path / "run")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_an_error_in_the_loop_ends_the_workers_and_the_process(corpus, tmp_path):

@@ -26,7 +26,7 @@ def train(
 
 
 def trained(world: int, corpus: Path, run_dir: Path, *overrides: str, **options: Any) -> list[dict[str, Any]]:
-    return run_ranks(world, train, corpus, run_dir, [*TOLERANT, *overrides], options, timeout=90)
+    return run_ranks(world, train, corpus, run_dir, [*TOLERANT, *overrides], options)
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +101,11 @@ def with_refusal(
 @pytest.mark.parametrize("reason", ["shard unavailable", "shard changed since indexing"])
 def test_a_shard_lost_in_the_run_is_counted_and_the_limit_decides(tmp_path: Path, world: int, reason: str) -> None:
     corpus = corpus_with(tmp_path / "c", bad=0)
-    tolerant = run_ranks(world, with_refusal, corpus, tmp_path / "a", reason, TOLERANT, timeout=90)
+    tolerant = run_ranks(world, with_refusal, corpus, tmp_path / "a", reason, TOLERANT)
     assert [rank["error"] for rank in tolerant] == [None] * world
     assert {line["reason"] for line in lines(tmp_path / "a")} == {reason}
     assert {Path(line["shard"]).name for line in lines(tmp_path / "a")} == {"00001.tar"}
-    strict = run_ranks(world, with_refusal, corpus, tmp_path / "b", reason, ["train.steps=8"], timeout=90)
+    strict = run_ranks(world, with_refusal, corpus, tmp_path / "b", reason, ["train.steps=8"])
     assert len({rank["error"] for rank in strict}) == 1
     assert reason in strict[0]["error"] and "data.max_skip_rate: 0.01 is passed at step 5" in strict[0]["error"]
 
@@ -124,7 +124,7 @@ def overwrite() -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_shard_that_is_overwritten_in_the_run_is_noticed_and_not_read(tmp_path: Path, world: int) -> None:
     corpus = corpus_with(tmp_path / "c", bad=0)
-    for rank in run_ranks(world, with_overwritten_shard, corpus, tmp_path / "r", timeout=90):
+    for rank in run_ranks(world, with_overwritten_shard, corpus, tmp_path / "r"):
         assert rank["error"] is None
     found = lines(tmp_path / "r")
     assert {line["reason"] for line in found} == {"shard changed since indexing"}

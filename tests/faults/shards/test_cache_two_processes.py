@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from contrastive.shards.storage import ShardUnavailable, local_path
+from tests.distributed.spawn import PATIENCE
 
 from .server import Store, serve
 
@@ -46,7 +47,7 @@ def together(count: int, urls: list[str]) -> list[list[str]]:
     try:
         for process in processes:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        return [process.communicate("\n", timeout=60)[0].split() for process in processes]
+        return [process.communicate("\n", timeout=PATIENCE)[0].split() for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -76,7 +77,7 @@ def test_waiting_for_another_process_ends_at_the_deadline(store: Store, monkeypa
         started = time.monotonic()
         with pytest.raises(ShardUnavailable, match=r"a\.tar: another process was still fetching it after 0\.5 s; see"):
             local_path(store.url("a.tar"))
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
     finally:
         other.kill()
         other.communicate()

@@ -26,4 +26,4 @@ def test_any_bytes_are_indexed_or_refused(path: Path) -> None:
         length = path.stat().st_size
         for row in scan.rows:
             assert all(0 <= at and at + size <= length for at, size in zip(row.offsets, row.sizes, strict=True))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30

@@ -18,6 +18,7 @@ from contrastive.errors import UserError
 from contrastive.shards import Rejected, open_index, scan
 from contrastive.shards import tar as tar_module
 from contrastive.shards.tables_file import save_tables
+from tests.distributed.spawn import PATIENCE
 
 from .tars import image, pairs, write_tar
 
@@ -165,7 +166,7 @@ def test_kinds_of_ignored_members_are_not_listed_without_end(tmp_path: Path) -> 
 def test_a_named_pipe_called_a_tar_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.tar")
     code = f"from contrastive.shards import open_index; open_index({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert "x.tar: not a regular file" in done.stderr
 
 

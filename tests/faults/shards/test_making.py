@@ -16,6 +16,7 @@ import pytest
 
 from contrastive.errors import UserError
 from contrastive.shards import Filters, make_shards, making, open_index, open_source
+from tests.distributed.spawn import PATIENCE
 
 from ...shards.conftest import encoded
 
@@ -42,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def in_child(work: Callable[[], None]) -> int | None:
     child = FORK.Process(target=work)
     child.start()
-    child.join(60)
+    child.join(PATIENCE)
     return child.exitcode
 
 
@@ -150,12 +151,12 @@ def test_of_two_processes_that_make_the_same_one_is_refused(source: Path, tmp_pa
 
     child = FORK.Process(target=slowly)
     child.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not list(tmp_path.glob("a.unfinished/*.tar.*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     with pytest.raises(UserError, match="another process is making these shards"):
         make(source, tmp_path / "a")
-    child.join(60)
+    child.join(PATIENCE)
     assert child.exitcode == 0
     make(source, tmp_path / "undisturbed")
     assert contents(tmp_path / "a") == contents(tmp_path / "undisturbed")

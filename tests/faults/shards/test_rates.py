@@ -103,7 +103,7 @@ def train(rank: int, world: int, corpus: Path, run_dir: Path, overrides: list[st
 def test_five_percent_bad_stops_all_ranks_at_the_same_step(tmp_path: Path, world: int) -> None:
     corpus = corpus_with(tmp_path / "c", bad=20, copies=10)  # 20 of 400; above 4 of an epoch is too many
     overrides = ["train.steps=50", "checkpoint.every=1", "checkpoint.keep=60"]
-    ended = run_ranks(world, train, corpus, tmp_path / "r", overrides, timeout=90)
+    ended = run_ranks(world, train, corpus, tmp_path / "r", overrides)
     assert len({rank["error"] for rank in ended}) == 1
     error, written = ended[0]["error"], lines(tmp_path / "r")
     assert error is not None and "data.max_skip_rate: 0.01 is passed at step" in error and "rejected.jsonl" in error
@@ -121,7 +121,7 @@ def test_five_percent_bad_stops_all_ranks_at_the_same_step(tmp_path: Path, world
 def test_a_set_of_damaged_images_only_ends_within_its_first_epoch(tmp_path: Path, world: int, limit: str) -> None:
     corpus = corpus_with(tmp_path / "c", bad=40)
     overrides = [f"data.max_skip_rate={limit}", "train.steps=50"]
-    ended = run_ranks(world, train, corpus, tmp_path / "r", overrides, timeout=90)
+    ended = run_ranks(world, train, corpus, tmp_path / "r", overrides)
     for rank in ended:
         assert "pairs can be used" in rank["error"] and "truncated or damaged" in rank["error"]
         assert ".png in " in rank["error"] or "0-" in rank["error"]  # the keys that were found
@@ -137,9 +137,9 @@ def test_a_set_of_which_indexing_leaves_out_too_much_is_not_trained_on(tmp_path:
     with tarfile.open(members, "w") as tar:
         for member, data in kept:
             tar.addfile(member, io.BytesIO(data))
-    ended = run_ranks(world, train, corpus, tmp_path / "r", [], timeout=90)
+    ended = run_ranks(world, train, corpus, tmp_path / "r", [])
     for rank in ended:
         assert "1 of 40 samples in" in rank["error"] and "no caption: 1" in rank["error"]
         assert "data.max_skip_rate: 0.01 is passed before the first step" in rank["error"]
-    (again,) = run_ranks(1, train, corpus, tmp_path / "r", ["data.max_skip_rate=0.03"], timeout=90)
+    (again,) = run_ranks(1, train, corpus, tmp_path / "r", ["data.max_skip_rate=0.03"])
     assert again["error"] is None

@@ -19,7 +19,7 @@ from contrastive.shards import PairLoader, open_index, write_shards
 from contrastive.shards import storage as storage_module
 from contrastive.shards.record import Rejected
 from contrastive.shards.storage import ShardUnavailable, configure, expand, local_path, shard_stat
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import PATIENCE, run_ranks
 from tests.shards.conftest import lengths, records
 from tests.tiny import write_corpus, write_recipe
 
@@ -78,7 +78,7 @@ def test_a_lasting_fault_is_told_after_three_attempts_and_leaves_nothing(store: 
     started = time.monotonic()
     with pytest.raises(ShardUnavailable, match=r"shards/a\.tar: .* \(attempts: 3, in .*; check that"):
         local_path(store.url("shards/a.tar"))
-    assert time.monotonic() - started < 15  # three stalls of a second, and starting three processes
+    assert time.monotonic() - started < 60  # three stalls of a second, and starting three processes
     # on a busy machine an attempt may be over before the server has seen it
     assert len([get for get in store.gets if get == "shards/a.tar"]) >= 2
     assert names(cache) == set()
@@ -109,7 +109,7 @@ def test_the_deadline_bounds_attempts_that_do_not_stall(store: Store) -> None:
     started = time.monotonic()
     with pytest.raises(ShardUnavailable):
         local_path(store.url("shards/a.tar"))
-    assert 1.0 < time.monotonic() - started < 6
+    assert 1.0 < time.monotonic() - started < 30
 
 
 def test_a_server_that_is_not_there_is_told() -> None:
@@ -152,7 +152,7 @@ def test_a_fetch_whose_process_is_killed_is_done_by_the_next(store: Store, cache
     program = f"from contrastive.shards.storage import local_path; local_path({store.url('shards/a.tar')!r})"
     process = subprocess.Popen([sys.executable, "-c", program])
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not list(cache.glob("shards/*.partial")):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
@@ -161,7 +161,7 @@ def test_a_fetch_whose_process_is_killed_is_done_by_the_next(store: Store, cache
         process.wait()
     started = time.monotonic()
     assert local_path(store.url("shards/a.tar")).read_bytes() == TAR
-    assert time.monotonic() - started < 10  # the child would wait for a minute
+    assert time.monotonic() - started < 40  # the child would wait for a minute
     assert names(cache) == {".tar", ".json"}
 
 
@@ -229,7 +229,7 @@ def _small_files(program: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
 
@@ -319,7 +319,7 @@ def test_a_shard_lost_during_the_run_makes_its_samples_invalid(
     store.always["shards/00001.tar"] = "500"
     started = time.monotonic()
     found = list(batches)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     valid = {key: bool(ok) for batch in found for key, ok in zip(batch.keys, batch.valid.tolist(), strict=True)}
     assert valid == {f"sample-{i:03d}": i < 4 for i in range(8)}
     assert sum(one.reason == "shard unavailable" for batch in found for one in batch.rejected) == 4
@@ -345,7 +345,7 @@ def test_two_ranks_share_the_cache(store: Store, cache: Path, tmp_path: Path, lo
     if lost:
         open_index(url)
         store.always[f"shards/{lost}.tar"] = "500"
-    found = sum(run_ranks(2, train_on_rank, url, str(cache), lost, timeout=60), [])
+    found = sum(run_ranks(2, train_on_rank, url, str(cache), lost), [])
     assert sorted(found) == [(f"sample-{i:03d}", not lost or i < 4) for i in range(8)]
     assert store.gets.count("shards/00000.tar") == 1
     assert json.loads(next(cache.glob("shards/*-00000.json")).read_text())["from"].endswith("shards/00000.tar")

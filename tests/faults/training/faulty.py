@@ -51,7 +51,7 @@ def ends(
     *overrides: str,
     fault: Fault | None = None,
     resume: Any = "if possible",
-    timeout: float = 60,
+    timeout: float = spawn.PATIENCE,
     stuck: int | None = None,
 ) -> list[int]:
     """Start the ranks, wait until each has ended by itself, at most `timeout` seconds; their exit codes.
@@ -64,7 +64,7 @@ def ends(
     folder.mkdir(parents=True)
     arguments = (corpus, run_dir, list(overrides), fault, resume)
     processes = [
-        context.Process(target=spawn._rank, args=(r, world, 1, str(folder), 30.0, train, arguments))
+        context.Process(target=spawn._rank, args=(r, world, 1, str(folder), spawn.PATIENCE, train, arguments))
         for r in range(world)
     ]
     for process in processes:

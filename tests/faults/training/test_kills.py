@@ -41,14 +41,14 @@ def test_all_ranks_killed_before_a_step(tmp_path: Path, corpus: Path, undisturbe
 def test_one_rank_killed_ends_the_other_and_the_run_goes_on(
     tmp_path: Path, corpus: Path, undisturbed: Path, victim: int
 ) -> None:
-    codes = ends(2, tmp_path, corpus, fault=("signal_at", (signal.SIGKILL, 7, [victim])), timeout=40)
+    codes = ends(2, tmp_path, corpus, fault=("signal_at", (signal.SIGKILL, 7, [victim])))
     assert codes[victim] == -9 and codes[1 - victim] > 0
     assert ends(2, tmp_path, corpus) == [0, 0]
     assert_as_if_nothing_had_happened(tmp_path, undisturbed)
 
 
 def test_killed_in_the_middle_of_a_save(tmp_path: Path, corpus: Path, undisturbed: Path) -> None:
-    assert ends(2, tmp_path, corpus, fault=("signal_in_save", signal.SIGKILL), timeout=40)[0] == -9
+    assert ends(2, tmp_path, corpus, fault=("signal_in_save", signal.SIGKILL))[0] == -9
     assert ends(2, tmp_path, corpus) == [0, 0]
     assert_as_if_nothing_had_happened(tmp_path, undisturbed)
 
@@ -67,7 +67,7 @@ def test_a_rank_that_is_stopped_ends_the_other_with_its_stacks_on_disk(
 
 
 def test_a_program_error_on_one_rank_ends_both_without_a_hang(tmp_path: Path, corpus: Path, undisturbed: Path) -> None:
-    codes = ends(2, tmp_path, corpus, fault=("exception_at", (7, 1)), timeout=40)
+    codes = ends(2, tmp_path, corpus, fault=("exception_at", (7, 1)))
     assert all(code > 0 for code in codes)
     assert ends(2, tmp_path, corpus) == [0, 0]
     assert_as_if_nothing_had_happened(tmp_path, undisturbed)

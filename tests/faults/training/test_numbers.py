@@ -78,7 +78,7 @@ def test_a_run_goes_on_with_two_one_and_four_processes(tmp_path: Path, corpus: P
     parts = tmp_path / "parts"
     for world, stop in ((2, 4), (1, 8), (4, None)):
         fault = None if stop is None else ("signal_at", (15, stop - 1, [0]))
-        assert ends(world, parts, corpus, *exact, fault=fault, timeout=90) == [0] * world
+        assert ends(world, parts, corpus, *exact, fault=fault) == [0] * world
     found, whole = rows(parts), seen(alone, 1)
     assert [row["train/loss"] for row in found] == pytest.approx(
         [whole[step][0][1] for step in sorted(whole)], rel=1e-3
