@@ -1,6 +1,6 @@
 """What the trainer adds to the bare computation of a step, at the pictograms recipe: its model, batch and precision.
 
-    python benchmarks/step.py                 prints tables, writes benchmarks/results/step.json; ten minutes
+    python benchmarks/step.py                 prints tables, writes benchmarks/results/step.json; a quarter of an hour
     python benchmarks/step.py --threads 1     on two cores: the loader has one of its own, as beside a GPU
 
     bare       both towers forward, the loss, backward, the optimizer, on one batch that lies in memory
@@ -59,8 +59,8 @@ LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 10, 500, 63
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=24, help="of each way")
-    parser.add_argument("--steps", type=int, default=5, help="of a turn")
+    parser.add_argument("--turns", type=int, default=60, help="of each way")
+    parser.add_argument("--steps", type=int, default=3, help="of a turn")
     parser.add_argument("--threads", type=int, help="that compute; default: torch's choice, one a core")
     arguments = parser.parse_args()
     if arguments.threads:
