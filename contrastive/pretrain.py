@@ -171,7 +171,7 @@ def pretrain(
             (run_dir / "stacks").rmdir()
         if not complete:
             if not quiet:
-                print(f"stopped behind step {trainer.step}; its checkpoint is in {run_dir / 'checkpoints'}")
+                print(f"stopped at step {trainer.step}; `--resume` goes on from {run_dir / 'checkpoints'}")
             return None
         with exit_on_signal(STOPPED):  # nothing is lost: a resumed run comes straight here
             return evaluate(config, load(run_dir, device=accelerator.device), validation_index, trainer, kept, quiet)

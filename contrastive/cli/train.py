@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Literal
 
 NAME = "train"
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         resume = "if possible"
     results = pretrain(config, resume=resume, overwrite=args.overwrite and not again)
     if results is None and "RANK" not in os.environ:  # else a launcher stands before it
-        program = ["contrastive"] if shutil.which("contrastive") else [sys.executable, "-m", "contrastive"]
+        installed = shutil.which("contrastive") == str(Path(sys.executable).with_name("contrastive"))
+        program = ["contrastive"] if installed else [sys.executable, "-m", "contrastive"]
         options = ["--allow-pipe"] if args.allow_pipe else []
         print("go on with: " + shlex.join([*program, "train", args.recipe, *args.overrides, *options, "--resume"]))
     return STOPPED if results is None else 0

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from contrastive.errors import UserError
 from contrastive.evaluation.embed import embed
 from contrastive.evaluation.stored import (
+    gathered,
     model_hash,
     preprocessing_hash,
     rank_and_world,
@@ -75,7 +76,8 @@ def stored_features(
     Raises:
         UserError: the store cannot be written, or is not seen by all ranks; no image of a set can be read.
     """
-    identity = {"format": FORMAT, "model": _towers_hash(model), "features": features, "data": data.fingerprint}
+    with together():
+        identity = {"format": FORMAT, "model": _towers_hash(model), "features": features, "data": data.fingerprint}
     folder = store / hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
     rank = rank_and_world()[0]
     with together():
@@ -92,20 +94,29 @@ def stored_features(
             with together():
                 if rank == 0:
                     held.enter_context(_alone(folder / "lock", say))
-            with together():  # nobody writes before all have looked
-                found = _open(folder, len(data))
+            found = _open(folder, len(data))
+            _check_alike(found is not None, folder)  # nobody writes before all have looked, too
             if found is not None:
                 say(f"features of {name} on {len(data):,} pairs are in {folder}")
             else:
                 say(f"running {name} once over {len(data):,} pairs; the features stay in {folder}")
                 _fill(folder, model, data, features, {**identity, "name": name}, progress)
-                with together():
-                    found = _open(folder, len(data))
-                    if found is None:
-                        raise UserError(f"data.features: process {rank} does not find all of {folder}; choose another")
+                found = _open(folder, len(data))
+                _check_alike(found is not None, folder)
     except OSError as fault:
-        raise UserError(f"data.features: cannot write {folder} ({fault.strerror}); choose another folder") from fault
+        told = fault.strerror or fault
+        raise UserError(f"data.features: cannot write {folder} ({told}); choose another folder") from fault
+    if found is None:
+        raise UserError(f"data.features: {folder} cannot be read again; choose another folder")
     return found
+
+
+def _check_alike(found: bool, folder: Path) -> None:
+    """Raise UserError on all ranks where one finds the features in the store and another does not."""
+    everyones = gathered(found)
+    if len(set(everyones)) > 1:
+        missing = everyones.index(False)
+        raise UserError(f"data.features: process {missing} does not find all of {folder}; choose another folder")
 
 
 def _fill(
@@ -120,7 +131,7 @@ def _fill(
         rejected |= {offset + i: reason for i, reason in reasons.items()}
         read = np.array([i not in reasons for i in range(len(part))])
         assert read.sum() == len(found.keys)
-        with together():  # each has opened, too, what the main one deletes
+        with together():  # the main one may find the disk full
             if main:
                 for kind, rows in zip(KINDS, (found.image, found.text), strict=True):
                     _put_in_place(folder / f".{kind}.npy", rows, read, offset, len(data))

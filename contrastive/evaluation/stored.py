@@ -25,7 +25,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
 
-from contrastive.errors import UserError
+from contrastive.errors import Fault, UserError
 from contrastive.evaluation.embed import (
     Embeddings,
     Images,
@@ -74,11 +74,10 @@ def embed_stored(
     name = os.path.abspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
     place = {"source": name, "items": total}
     folder = Path(cache) / _digest(json.dumps(identity | place, sort_keys=True).encode())
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
-
     make = {"image": on_images(model, features)}
     first, last = _slice(len(parts))
     with together():
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
         for part in range(first, last):
             start = part * PART
             items = [read_item(start + offset, item) for offset, item in enumerate(parts[part])]
@@ -99,7 +98,12 @@ def embed_stored(
             if progress is not None:
                 progress(min(start + PART, last * PART, total), total)
 
-    found = [_part(folder / "parts" / f"image-{part:06d}.json") for part in range(len(parts))]
+    with together():
+        found = [_part(folder / "parts" / f"image-{part:06d}.json") for part in range(len(parts))]
+        if not all(found):
+            raise UserError(
+                f"cache: process {rank_and_world()[0]} does not find all of {folder}; choose another folder"
+            )
     every = [item for part in found for item in part["items"]]
     kept = [Record(key, None, tuple(captions), label) for key, label, captions, reason in every if reason is None]
     failures = {key: reason for key, _, _, reason in every if reason is not None}
@@ -267,21 +271,34 @@ def together() -> Iterator[None]:
     """A block that all ranks leave together, behind an error of one of them all with an error: nobody waits in vain.
 
     Raises:
-        Exception: the block's own, and on the others that of the first rank that had one.
+        Exception: the block's own, and on the others one like that of the first rank that had one.
     """
     own: Exception | None = None
     try:
         yield
     except Exception as error:
         own = error
-    rank, world = rank_and_world()
-    everyones: list[Exception | None] = [None] * world
-    everyones[rank] = own if isinstance(own, (UserError, OSError, type(None))) else RuntimeError(repr(own))
-    if world > 1:
-        dist.all_gather_object(everyones, everyones[rank])
-    for fault in (own, *everyones):
+    for fault in (own, *gathered(own and _plain(own))):
         if fault is not None:
             raise fault
+
+
+def gathered(own: Any) -> list[Any]:
+    """What every rank has, by rank."""
+    world = rank_and_world()[1]
+    everyones = [own] * world
+    if world > 1:
+        dist.all_gather_object(everyones, own)
+    return everyones
+
+
+def _plain(error: Exception) -> Exception:
+    """An error that tells the same, of a class that can be sent: not every exception can."""
+    if isinstance(error, UserError):
+        return Fault(str(error)) if isinstance(error, Fault) else UserError(str(error))
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror or str(error), error.filename)
+    return RuntimeError(repr(error))
 
 
 def _digest(*parts: bytes) -> str:

@@ -80,12 +80,11 @@ class Saver:
             prune(self.folder, keep=self.keep, keep_every=self.keep_every, best=self._best and self._best[0])
         except Exception as fault:  # of this thread: the trainer tells it, on all processes at the same step
             reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else str(fault) or repr(fault)
-            left = "the one before is whole. Make room and go on with --resume"
-            if not list_checkpoints(self.folder):
-                left = "there is none before it. Make room and start the run again"
-            self.failed = (
-                f"{self.folder}: the checkpoint of step {snapshot.step} could not be written ({reason}); {left}"
-            )
+            told = f"{self.folder}: the checkpoint of step {snapshot.step} could not be written ({reason})"
+            self.failed = f"{told}; the one before is whole. Make room and go on with --resume"
+            with suppress(OSError):  # the folder may have gone with the disk
+                if not list_checkpoints(self.folder):
+                    self.failed = f"{told}; there is none before it. Make room and start again with --overwrite"
 
     @property
     def best(self) -> tuple[int, float] | None:

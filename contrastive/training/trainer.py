@@ -263,7 +263,7 @@ class Trainer:
             UserError: see `fit`; a rank whose own loader raised `fault` raises that.
         """
         failed = None if self.skips.failed is None else UserError(self.skips.failed)
-        if fault is not None:  # of whatever kind; ours keep theirs on the other ranks, and so their exit code
+        if fault is not None:  # a UserError keeps its class on the other ranks: of a Fault the exit code is 1 on all
             failed = fault if isinstance(fault, UserError) else UserError(str(fault) or type(fault).__name__)
         own = (stop, [] if batch is None else batch.rejected, failed, self.saver.failed)
         everyones = [own]

@@ -99,7 +99,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(recipe, capsys, change, words):
 
 
 @pytest.mark.parametrize(("found", "program"), [
-    ("/usr/bin/contrastive", ["contrastive"]),
+    (str(Path(sys.executable).with_name("contrastive")), ["contrastive"]),
+    ("/of/another/environment/contrastive", [sys.executable, "-m", "contrastive"]),
     (None, [sys.executable, "-m", "contrastive"]),
 ])  # fmt: skip
 def test_a_run_that_was_stopped_prints_the_command_to_go_on_with(recipe, capsys, monkeypatch, found, program):

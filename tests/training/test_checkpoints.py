@@ -180,7 +180,7 @@ def test_the_wait_for_a_copy_is_saving_and_no_training(make_config, monkeypatch)
     rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "train/seconds" in row]
     assert sum(row["train/time_saving"] > 0.3 for row in rows) >= 3  # in shares of a step: that is where the time is
-    assert rows[-1]["train/seconds"] - rows[0]["train/seconds"] < 4 * 0.5
+    assert rows[-1]["train/seconds"] - rows[0]["train/seconds"] < 3 * 0.5  # the first copy is made at once
 
 
 def test_a_copy_that_fails_lets_the_run_go_on_to_tell_it(make_config, monkeypatch):

@@ -282,6 +282,43 @@ def test_what_a_late_rank_has_still_to_read_is_not_deleted(corpus, tmp_path, tea
     assert run_ranks(2, with_a_late_reader, corpus, tmp_path, teachers[0]) == [16, 24]
 
 
+def with_a_late_disk(rank: int, world: int, corpus: Path, folder: Path, teacher: Path) -> str:
+    plain = feature_store._open
+    feature_store._open = lambda *arguments: None if rank == 1 else plain(*arguments)
+    try:
+        on_ranks(rank, world, corpus, folder, teacher)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_features_that_one_rank_does_not_find_end_all_with_the_same_line(corpus, tmp_path, teachers):
+    run_ranks(2, on_ranks, corpus, tmp_path, teachers[0])
+    told = run_ranks(2, with_a_late_disk, corpus, tmp_path, teachers[0])
+    assert told[0] == told[1] and told[0].startswith("data.features: process 1 does not find all of")
+
+
+class Odd(OSError):
+    """Cannot be made from its arguments, so that no other rank could rebuild it."""
+
+    def __init__(self, *, number: int) -> None:
+        super().__init__(number, "odd")
+
+
+def with_an_odd_error(rank: int, world: int) -> tuple[str, str]:
+    try:
+        with stored.together():
+            if rank == 1:
+                raise Odd(number=5)
+    except OSError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def test_an_error_that_cannot_be_sent_is_told_all_the_same():
+    assert run_ranks(2, with_an_odd_error) == [("OSError", "[Errno 5] odd"), ("Odd", "[Errno 5] odd")]
+
+
 def with_a_full_disk(rank: int, world: int, corpus: Path, folder: Path, teacher: Path, at: int, where: str) -> str:
     module = {"part": stored, "whole": feature_store}[where]
     plain = module.write_rows

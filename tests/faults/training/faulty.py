@@ -51,12 +51,12 @@ def ends(
     *overrides: str,
     fault: Fault | None = None,
     resume: Any = "if possible",
-    timeout: float = spawn.PATIENCE,
     stuck: int | None = None,
 ) -> list[int]:
-    """Start the ranks, wait until each has ended by itself, at most `timeout` seconds; their exit codes.
+    """Start the ranks, wait until each has ended by itself, at most five minutes; their exit codes.
 
-    A rank that is still there then is killed and counts as -9; so is `stuck`, once the others have ended.
+    A rank that is still there then is killed and counts as -9. `stuck` is one that has been stopped: it is killed once
+    the others have ended.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(spawn.PRELOAD)
@@ -69,10 +69,14 @@ def ends(
     ]
     for process in processes:
         process.start()
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + spawn.PATIENCE
     for rank in sorted(range(world), key=lambda rank: rank == stuck):
         process = processes[rank]
-        process.join(0.1 if rank == stuck else max(0.1, deadline - time.monotonic()))
+        if rank == stuck:
+            state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            assert state == "T", f"rank {rank} is not stopped but {state}"
+            process.kill()
+        process.join(max(0.1, deadline - time.monotonic()))
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -210,6 +214,17 @@ def error_in_save(rank: int, what: str) -> None:
     from contrastive.training import saver
 
     saver.write_checkpoint = write
+
+
+def error_in_save_and_behind(rank: int, _: Any) -> None:
+    """The disk is gone: nothing can be written, nor the folder read."""
+
+    def fail(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    from contrastive.training import saver
+
+    saver.write_checkpoint = saver.list_checkpoints = fail
 
 
 def small_files(rank: int, limit: int) -> None:

@@ -246,7 +246,13 @@ def test_a_first_checkpoint_that_cannot_be_written_is_not_said_to_have_one_befor
     assert steps_saved(tmp_path) == []
     errors = [json.loads(path.read_text())["error"] for path in sorted(tmp_path.glob("ended-*.json"))]
     assert errors[0] == errors[1] and "the checkpoint of step 6 could not be written" in errors[0]
-    assert "there is none before it. Make room and start the run again" in errors[0]
+    assert "there is none before it. Make room and start again with --overwrite" in errors[0]
+
+
+def test_a_disk_that_is_gone_is_told_by_both_ranks(tmp_path: Path, corpus: Path) -> None:
+    assert ends(2, tmp_path, corpus, fault=("error_in_save_and_behind", None)) == [0, 0]
+    errors = [json.loads(path.read_text())["error"] for path in sorted(tmp_path.glob("ended-*.json"))]
+    assert errors[0] == errors[1] and "the checkpoint of step 3 could not be written (Input/output error)" in errors[0]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs wants root")

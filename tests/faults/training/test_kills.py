@@ -57,7 +57,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path: Path, corpus: Path, undisturbe
 def test_a_rank_that_is_stopped_ends_the_other_with_its_stacks_on_disk(
     tmp_path: Path, corpus: Path, undisturbed: Path, victim: int
 ) -> None:
-    codes = ends(2, tmp_path, corpus, "train.step_timeout=5", fault=("stop_process", (7, victim)), stuck=victim)
+    codes = ends(2, tmp_path, corpus, "train.step_timeout=15", fault=("stop_process", (7, victim)), stuck=victim)
     assert codes[1 - victim] == 1 and codes[victim] == -9  # the stopped one is killed by its launcher
     stacks = (tmp_path / "run" / "stacks" / f"rank_{1 - victim}.txt").read_text()
     assert "Timeout" in stacks and "trainer.py" in stacks
