@@ -13,6 +13,7 @@ as it is; and the trainer with a bare loop that keeps its memory too: what the t
 
 Each takes turns with the bare one within seconds, a few steps each, as the pace of a shared machine changes within
 minutes: the ratio is the median over all turns of a turn's median step beside those of the two bare turns around it.
+A turn is short, or its median would leave out the slow steps that a run has.
 The first step of a turn does not count, nor do two epochs ahead of all, and the loader's process stands still while the
 bare one runs.
 

@@ -95,7 +95,7 @@ def stored_features(
                 if rank == 0:
                     held.enter_context(_alone(folder / "lock", say))
             found = _open(folder, len(data))
-            _check_alike(found is not None, folder)  # nobody writes before all have looked, too
+            _check_alike(found is not None, folder)  # and nobody writes before all have looked
             if found is not None:
                 say(f"features of {name} on {len(data):,} pairs are in {folder}")
             else:
