@@ -18,6 +18,8 @@ class Record:
     label: class name, where the source is labelled.
     meta: further scalar columns (source, license, …).
     fault: why the source could not give this row, to be counted; None for all others.
+    detail: the value that the fault is about, such as the path that was looked for; None without a fault.
+    place: the file and the line (text) or row (Parquet, Arrow) that the record was read from; None where not known.
     """
 
     key: str
@@ -26,6 +28,8 @@ class Record:
     label: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     fault: str | None = None
+    detail: str | None = None
+    place: str | None = None
 
 
 class Rejected(Exception):
@@ -59,12 +63,15 @@ class Source:
 
     kind: "parquet", "csv", "jsonl", "datasets", "images" or "shards". columns: names of a table's columns;
     else empty. files: what it is read from. rejected: counts of what it holds that is no row, by reason.
+    notes: one-line remarks on how it is read, for every command to print. grouped: rows that became a caption of
+    an earlier row with the same image.
     """
 
     kind: str
     columns: list[str]
     files: list[Path]
     limit: int | None = None
+    grouped: int = 0
 
     def __iter__(self) -> Iterator[Record]:
         return itertools.islice(self._records(), self.limit)
@@ -78,6 +85,10 @@ class Source:
     @property
     def rejected(self) -> Mapping[str, int]:
         return {}
+
+    @property
+    def notes(self) -> list[str]:
+        return []
 
     def cut(self, size: int) -> list[Part]:
         """The source as parts of `size` rows (the last may be shorter), the same at every call."""
