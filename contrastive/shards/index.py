@@ -26,7 +26,7 @@ from contrastive.shards.tar import DamagedShard
 
 __all__ = ["PathLike", "ShardIndex", "caption_id", "find_shards", "open_index"]
 
-VERSION = 3
+VERSION = 4
 TOGETHER = 2048  # bytes between two members of which to read through is cheaper than to read twice
 OPEN_FILES = 64  # far below the usual limit of 1,024
 PathLike = str | os.PathLike[str]
@@ -40,6 +40,8 @@ class ShardIndex:
     shard: int32 (n,), the number of each sample's shard, not falling. shard_starts: int64 (S + 1,), the number of each
         shard's first sample, and n.
     ids: int64 (n,), equal where two captions are the same apart from case and white space.
+    image_ids: int64 (n,), equal where two image files are equal, byte for byte.
+    repeated_images: number of samples whose image occurred before.
     key_hashes: uint64 (n,), BLAKE2b of each key's UTF-8 bytes, little-endian: to join a set with other tables by.
     sizes: int64 (n, 3), bytes of the image, the text and the JSON.
     fingerprint: hexadecimal; the same for the same shards on every machine.
@@ -60,7 +62,7 @@ class ShardIndex:
     def _set_tables(self, tables: dict[str, np.ndarray]) -> None:
         self._tables = tables
         self.ids, self.shard, self.sizes = tables["ids"], tables["shard"], tables["sizes"]
-        self.key_hashes = tables["key_hashes"]
+        self.image_ids, self.key_hashes = tables["image_ids"], tables["key_hashes"]
         self.shard_starts = np.searchsorted(self.shard, np.arange(len(self.shards) + 1)).astype(np.int64)
         self._places = tables["offsets"]
         self._stats = [(size, mtime) for size, mtime in tables["stats"].tolist()]
@@ -68,6 +70,10 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def repeated_images(self) -> int:
+        return int(self.manifest["repeated_images"])
 
     def key(self, i: int) -> str:
         """The sample's name."""
@@ -174,7 +180,7 @@ class ShardIndex:
         state = {
             name: value
             for name, value in self.__dict__.items()
-            if name not in ("ids", "shard", "sizes", "key_hashes", "_places")
+            if name not in ("ids", "image_ids", "shard", "sizes", "key_hashes", "_places")
         }
         state["_files"] = {}  # open files do not travel to another process
         if load_tables(self._saved, self.fingerprint) is not None:
@@ -283,6 +289,7 @@ def _build(shards: list[Shard], stats: np.ndarray, skip_damaged: bool) -> tuple[
         "offsets": np.array([row.offsets for _, row in rows], np.int64).reshape(-1, 3),
         "sizes": np.array([row.sizes for _, row in rows], np.int64).reshape(-1, 3),
         "ids": np.array([row.caption_id for _, row in rows], np.int64),
+        "image_ids": np.array([row.image_id for _, row in rows], np.int64),
         "key_hashes": np.array([_hash(key) for key in keys], np.uint64),
         "keys": np.frombuffer(b"".join(keys), np.uint8),
         "key_ends": np.cumsum([len(key) for key in keys], dtype=np.int64),
@@ -296,6 +303,7 @@ def _build(shards: list[Shard], stats: np.ndarray, skip_damaged: bool) -> tuple[
         "version": VERSION,
         "fingerprint": _fingerprint(described, tables),
         "pairs": len(rows),
+        "repeated_images": len(rows) - len(np.unique(tables["image_ids"])),
         "shards": described,
         "damaged": damaged,
         "rejected": rejected,
@@ -373,10 +381,12 @@ def _load(saved: Path, shards: list[Shard], stats: np.ndarray) -> tuple[dict[str
         if manifest["version"] != VERSION or names != [_name(shard) for shard in shards]:
             return None
         tables = load_tables(saved, manifest["fingerprint"])
-        known = {"pairs", "damaged", "rejected", "ignored"} <= manifest.keys()
+        known = {"pairs", "repeated_images", "damaged", "rejected", "ignored"} <= manifest.keys()
         if tables is None or not known or not np.array_equal(tables["stats"], stats):
             return None
-        rows = {len(tables[name]) for name in ("shard", "offsets", "sizes", "ids", "key_hashes", "key_ends")}
+        rows = {
+            len(tables[name]) for name in ("shard", "offsets", "sizes", "ids", "image_ids", "key_hashes", "key_ends")
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent or damaged: it is built again
     return (manifest, tables) if rows == {manifest["pairs"]} else None

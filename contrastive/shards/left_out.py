@@ -8,5 +8,7 @@ def left_out_line(rejected: Mapping[str, int]) -> str:
 
     rejected: see `Source.rejected`.
     """
-    counted = sorted(((count, reason) for reason, count in rejected.items() if count), key=lambda one: (-one[0], one[1]))
+    counted = sorted(
+        ((count, reason) for reason, count in rejected.items() if count), key=lambda one: (-one[0], one[1])
+    )
     return f"left out: {', '.join(f'{count:,} × {reason}' for count, reason in counted)}" if counted else ""

@@ -27,7 +27,7 @@ class Mixture:
     weights: whole numbers of at least 1, one a set; [1, 3] and [2, 6] are the same. None: one set, or all alike.
 
     parts, offsets: the indexes, and int64 (sets + 1,).
-    ids, fingerprint, rejected: as in `ShardIndex`; the fingerprint of one set alone is its own.
+    ids, image_ids, fingerprint, rejected: as in `ShardIndex`; the fingerprint of one set alone is its own.
     epoch_size: an epoch of the mixture, in pairs: the fewest whole blocks in which every pair of every set has come at
         least once. That is the size of a set alone. Of several, the set with the most pairs for its weight is read
         once, the others more often.
@@ -51,6 +51,7 @@ class Mixture:
         self.offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
         self._offsets: list[int] = self.offsets.tolist()
         self.ids: np.ndarray = np.concatenate([part.ids for part in parts])
+        self.image_ids: np.ndarray = np.concatenate([part.image_ids for part in parts])
         self.rejected: dict[str, int] = dict(sum((Counter(part.rejected) for part in parts), Counter()))
         self.fingerprint = "+".join(
             part.fingerprint if len(parts) == 1 else f"{weight}*{part.fingerprint}"

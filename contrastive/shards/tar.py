@@ -6,6 +6,7 @@ what a shard has no use for and an attacker has: links, devices, sparse files, n
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ BLOCK = 512
 MAX_EXTENSION = 1 << 16  # bytes of a GNU long name or a pax header
 MAX_NAME = 4096  # characters: Linux allows no longer path
 _ZERO = bytes(BLOCK)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _USELESS = {
     b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a named pipe",
@@ -113,7 +115,7 @@ def _members(path: Path, file: int) -> Iterator[Member]:
 def _check_name(path: Path, at: int, name: str) -> None:
     if len(name) > MAX_NAME:
         raise DamagedShard(path, at, f"a name of {len(name):,} characters")
-    if name.startswith("/") or ".." in name.split("/") or any(ord(c) < 32 or ord(c) == 127 for c in name):
+    if name.startswith("/") or (".." in name and ".." in name.split("/")) or _CONTROL.search(name):
         raise DamagedShard(path, at, f"a member named {name[:80]!r}, which leads out of a folder or cannot be printed")
 
 
@@ -130,10 +132,12 @@ def _checksum_good(header: bytes) -> bool:
         stored = int(header[148:156].strip(b" \0") or b"-1", 8)
     except ValueError:
         return False
-    plain = header[:148] + b" " * 8 + header[156:]
-    if stored == sum(plain):
+    field = header[148:156]  # counts as eight spaces
+    total = sum(header) - sum(field) + 256
+    if stored == total:
         return True
-    return stored == sum(plain) - 256 * sum(byte > 127 for byte in plain)  # old writers summed signed bytes
+    signed = sum(byte > 127 for byte in header) - sum(byte > 127 for byte in field)
+    return stored == total - 256 * signed  # old writers summed signed bytes
 
 
 def _number(path: Path, at: int, field: bytes) -> int:

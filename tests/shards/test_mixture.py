@@ -28,7 +28,7 @@ class FakeIndex:
 
     def __init__(self, shards: list[int], fingerprint: str = "f") -> None:
         self.shard_starts = np.cumsum([0, *shards])
-        self.ids = np.arange(self.shard_starts[-1])
+        self.ids = self.image_ids = np.arange(self.shard_starts[-1])
         self.rejected: dict[str, int] = {}
         self.fingerprint, self.folder = fingerprint, fingerprint
 
@@ -152,6 +152,7 @@ def test_views_of_a_mixture_are_those_of_its_sets(shards: Shards) -> None:
     mixture = Mixture([first, second])
     assert list(mixture.captions()) == [f"caption {i}" for i in range(9)]
     assert (mixture.record(7).key, mixture.variants(7)) == ("sample-007", ("variant 7",))
+    assert mixture.image_ids.tolist() == [*first.image_ids, *second.image_ids]
     assert mixture.shard_of(5).endswith("a/00001.tar") and mixture.shard_of(6).endswith("b/00000.tar")
 
 
