@@ -19,7 +19,7 @@ MAX_PIXELS = 25_000_000  # 25 MP: a 5000 × 5000 image is 75 MB of RGB
 # What is to become this much smaller has a JPEG's colours repeated, not interpolated, where they are stored coarser
 # than its brightness: the resize averages them anyway. 0.3 grey levels, and at a reduced scale no difference at all.
 COARSE = 1.5
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 # Opened without Image.open, which looks at all formats and may warn of what `MAX_PIXELS` refuses anyway.
 _DIRECT = {"png": PngImagePlugin.PngImageFile, "webp": WebPImagePlugin.WebPImageFile}
 

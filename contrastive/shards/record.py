@@ -127,12 +127,21 @@ MAX_CAPTION_BYTES = 64 << 10  # of the caption: ten pages
 MAX_TEXT_BYTES = 1 << 20  # of all captions of one pair
 MAX_JSON_BYTES = 2 << 20  # of a pair's .json: all captions, with room for marks and other columns
 
-# File name extensions of the formats that are read, as a folder or a tar may spell them.
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+# File name extensions of pictures, as a folder or a tar may spell them. What a file holds is told from its bytes.
+IMAGE_EXTENSIONS = frozenset(
+    "jpg jpeg jpe jfif jfi jif pjpeg pjp png apng webp gif bmp dib tif tiff avif avifs heic heics heif heifs hif jxl "
+    "jp2 j2k j2c jpc jpf jpx ppm pgm pbm pnm pam pfm".split()
+)
+FIRST_BYTES = 64  # that `image_extension` takes
+
+_HEIF = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1", b"mif2"))
 
 
 def image_extension(data: bytes | memoryview) -> str | None:
-    """The format's usual extension (without a dot), told from the first bytes; None for anything else."""
+    """The format's usual extension (without a dot), told from the first bytes; None for anything else.
+
+    data: FIRST_BYTES of the file at least, or all of it.
+    """
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -145,4 +154,33 @@ def image_extension(data: bytes | memoryview) -> str | None:
         return "tiff"
     if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":  # the reserved words: "BM" alone is weak evidence
         return "bmp"
-    return None
+    if data[4:8] == b"ftyp":
+        return _of_brands(bytes(data[:FIRST_BYTES]))
+    if data[:2] == b"\xff\x0a" or data[:12] == b"\0\0\0\x0cJXL \r\n\x87\n":
+        return "jxl"
+    if data[:12] == b"\0\0\0\x0cjP  \r\n\x87\n":
+        return "jp2"
+    if data[:4] == b"\xff\x4f\xff\x51":
+        return "j2k"
+    return _netpbm(bytes(data[:4]))
+
+
+def _of_brands(head: bytes) -> str | None:
+    """AVIF or HEIF of an ISO media file, which may be a film as well: its major brand, then the compatible ones."""
+    length = min(int.from_bytes(head[:4], "big"), len(head))
+    brands = [head[8:12], *(head[at : at + 4] for at in range(16, length - 3, 4))]
+    if brands[0] in (b"avif", b"avis"):
+        return "avif"
+    if brands[0] not in _HEIF:
+        return None
+    general = brands[0] in (b"mif1", b"msf1", b"mif2")  # which do not name the codec
+    return "avif" if general and {b"avif", b"avis"} & set(brands) else "heic"
+
+
+def _netpbm(head: bytes) -> str | None:
+    if head[:3] == b"P7\n":
+        return "pam"
+    if head[:1] != b"P" or head[2:3] not in (b" ", b"\t", b"\n", b"\r") or head[3:4] not in b"#0123456789":
+        return None
+    kind = head[1:2]
+    return "pfm" if kind in b"fF" else "ppm" if kind in b"123456" else None

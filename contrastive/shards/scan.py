@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from contrastive.shards.record import (
+    FIRST_BYTES,
     IMAGE_EXTENSIONS,
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
@@ -128,7 +129,7 @@ def _look(file: int, image: Member, text: Member, info: Member) -> tuple[str, st
         return "caption not UTF-8", ""
     if not caption:
         return "empty caption", ""
-    if image_extension(os.pread(file, 16, image.offset)) is None:
+    if image_extension(os.pread(file, FIRST_BYTES, image.offset)) is None:
         return "not an image", ""
     return json_fault(os.pread(file, info.size, info.offset)) if info.size else "", caption
 
