@@ -42,7 +42,7 @@ def fit_probes(
     for name, (train_NF, test_MF) in rows.items():
         probe = LinearProbe(seed=seed).fit(train_NF, train_labels)
         target = np.searchsorted(probe.classes_, test_labels)
-        ranks = class_ranks(probe.decision_function(test_MF), target)
+        ranks = class_ranks(probe.logits(test_MF), target)
         results[name] = accuracies(ranks, target, len(probe.classes_), seed=seed) | {
             "C": probe.C_,
             "width": train_NF.shape[1],
@@ -75,8 +75,8 @@ def judge_probe(
     validation = None
     if held.any() and set(train_labels[~held]) == set(names):
         fitted = LinearProbe(probe.C_).fit(train_NF[~held], train_labels[~held])
-        validation = (fitted.decision_function(train_NF[held]), positions(train_labels[held]))
-    return judge(probe.decision_function(test_MF), positions(test_labels), names, validation=validation, seed=seed)
+        validation = (fitted.logits(train_NF[held]), positions(train_labels[held]))
+    return judge(probe.logits(test_MF), positions(test_labels), names, validation=validation, seed=seed)
 
 
 def pixel_rows(sources: tuple[Images, Images], *, invert: bool = False) -> tuple[NDArray[Any], NDArray[Any]]:
