@@ -217,7 +217,14 @@ def build_probe(config: Config, model: TwoTower, index: ShardIndex | None) -> Pr
     if config.track.probe is None or index is None or len(index) < 2:
         return None
     place: dict[str, Any] = {"global_batch": min(config.track.probe, len(index)), "seed": 0, "steps": 1}
-    loader = PairLoader(index, tokenize=token_cache(model), image_size=model.image_size, augment=None, **place)
+    loader = PairLoader(
+        index,
+        tokenize=token_cache(model),
+        image_size=model.image_size,
+        augment=None,
+        preprocessing=model.preprocessing,
+        **place,
+    )
     batch = next(iter(loader))
     return ProbeBatch(batch) if int(batch.valid.sum()) >= 2 else None
 

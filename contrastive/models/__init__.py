@@ -2,6 +2,7 @@
 
 from contrastive.models.adapters import add_adapters
 from contrastive.models.folder import (
+    AssumedPreprocessingWarning,
     RandomWeightsWarning,
     describe,
     fingerprint,
@@ -15,11 +16,14 @@ from contrastive.models.open_clip_towers import open_clip_model
 from contrastive.models.text_towers import HuggingFaceTextTower, TransformerTextTower
 from contrastive.models.tokenizer import CorpusTokenizer, OpenClipTokenizer, Tokenizer, train_tokenizer
 from contrastive.models.two_tower import TwoTower
+from contrastive.preprocessing import Preprocessing
 
 __all__ = [
+    "AssumedPreprocessingWarning",
     "CorpusTokenizer",
     "HuggingFaceTextTower",
     "OpenClipTokenizer",
+    "Preprocessing",
     "RandomWeightsWarning",
     "TimmImageTower",
     "Tokenizer",

@@ -83,7 +83,7 @@ def _called(model: TwoTower, tower: str) -> dict[str, nn.Module]:
     model.eval()
     with torch.no_grad():
         if tower == "image":
-            model.image_features(torch.zeros(1, 3, model.image_size, model.image_size, device=model.device))
+            model.image_features(torch.zeros(1, 3, *model.input_size, device=model.device))
         else:
             model.text_features(model.tokenize(["a"]).to(model.device))
     for hook in hooks:

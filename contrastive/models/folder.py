@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,14 +27,19 @@ from contrastive.models.open_clip_towers import open_clip_model
 from contrastive.models.text_towers import HuggingFaceTextTower, TransformerTextTower
 from contrastive.models.tokenizer import load_tokenizer
 from contrastive.models.two_tower import TwoTower
+from contrastive.preprocessing import Preprocessing, differences
 
-FORMAT = 1
+FORMAT = 2  # 2 has a preprocessing that is not the one which format 1 implies; all else is as in 1
 IMAGE_TOWERS = {"timm": TimmImageTower}
 TEXT_TOWERS = {"transformer": TransformerTextTower, "huggingface": HuggingFaceTextTower}
 
 
 class RandomWeightsWarning(UserWarning):
     """A model was opened without trained weights."""
+
+
+class AssumedPreprocessingWarning(UserWarning):
+    """A model folder does not record how pictures become pixels."""
 
 
 class NoTextTower(nn.Module):
@@ -60,9 +67,14 @@ class NoTextTower(nn.Module):
 
 
 def describe(model: TwoTower) -> dict[str, Any]:
-    """What builds `model` again, weights and tokenizer aside; equal for two models that can share weights."""
+    """What builds `model` again, weights and tokenizer aside; equal for two models that can share weights.
+
+    The preprocessing is part of it where it is not the one that a description without any implies: so models from
+    before it was recorded keep their fingerprints.
+    """
+    recorded = model.preprocessing != _implied(model)
     description: dict[str, Any] = {
-        "format": FORMAT,
+        "format": FORMAT if recorded else 1,
         "name": model.name,
         "dim": model.dim,
         "scale_max": model.scale_max,
@@ -73,15 +85,31 @@ def describe(model: TwoTower) -> dict[str, Any]:
     else:
         description["image"] = model.image.description()
         description["text"] = model.text.description()
+    if recorded:
+        description["preprocessing"] = model.preprocessing.to_dict()
     as_json: dict[str, Any] = json.loads(json.dumps(description))  # tuples become lists, as in a file
     return as_json
+
+
+def _implied(model: TwoTower) -> Preprocessing:
+    """The preprocessing of a description that has none: CLIP's transform.
+
+    Mean and std stand in the description of a tower of timm. That of an open_clip model has none: open_clip's defaults.
+    """
+    if model.open_clip_config is not None:
+        return Preprocessing(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, model.input_size)
+    return Preprocessing(model.image.mean, model.image.std, model.input_size)
+
+
+def _whole_description(model: TwoTower, tokenizer: dict[str, Any]) -> dict[str, Any]:
+    return {**describe(model), "preprocessing": model.preprocessing.to_dict(), "tokenizer": tokenizer}
 
 
 def save_model(model: TwoTower, folder: str | Path) -> Path:
     """Write `model`, its adapters merged, to `folder`, which `contrastive.load` opens; returns the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    description = {**describe(model), "tokenizer": model.tokenizer.save(folder)}
+    description = _whole_description(model, model.tokenizer.save(folder))
     state = {key: value.detach().cpu().contiguous() for key, value in plain_state(model).items()}
     save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
     (folder / "model.safetensors.tmp").replace(folder / "model.safetensors")
@@ -94,6 +122,8 @@ def build_described(description: dict[str, Any], folder: Path, *, text_tower: bo
 
     text_tower: False puts a `NoTextTower` in its place.
     """
+    saved = description.get("preprocessing")
+    preprocessing = None if saved is None else Preprocessing.from_dict(saved)
     bias = 0.0 if description.get("bias") else None
     if "open_clip" in description:
         model = open_clip_model(
@@ -104,8 +134,11 @@ def build_described(description: dict[str, Any], folder: Path, *, text_tower: bo
         )
         if not text_tower:  # open_clip builds both; what it built is let go
             model.text = NoTextTower({"kind": "open_clip"})
+        if preprocessing is not None:
+            model.preprocessing = preprocessing
         return model
     image = dict(description["image"])
+    _check_stated_once(image, preprocessing, folder)
     text = dict(description["text"])
     image_tower = IMAGE_TOWERS[image.pop("kind")](**image)
     text_half: Any = TEXT_TOWERS[text.pop("kind")](**text) if text_tower else NoTextTower(description["text"])
@@ -117,7 +150,18 @@ def build_described(description: dict[str, Any], folder: Path, *, text_tower: bo
         scale_max=description["scale_max"],
         bias=bias,
         name=description["name"],
+        preprocessing=preprocessing,
     )
+
+
+def _check_stated_once(image: dict[str, Any], preprocessing: Preprocessing | None, folder: Path) -> None:
+    """Raise UserError for a tower's mean or std, which `config.json` has in two places, that were changed in one."""
+    for name in ("mean", "std"):
+        if preprocessing is not None and name in image and list(getattr(preprocessing, name)) != list(image[name]):
+            raise UserError(
+                f"{folder}: config.json: image.{name} {image[name]} and preprocessing.{name} "
+                f"{list(getattr(preprocessing, name))} differ; make them equal"
+            )
 
 
 def _open_folder(folder: Path, text: bool) -> TwoTower:
@@ -137,12 +181,26 @@ def _open_folder(folder: Path, text: bool) -> TwoTower:
             with safe_open(weights, framework="pt") as file:
                 names = [name for name in file.keys() if not name.startswith("text.")]  # noqa: SIM118
                 model.load_state_dict({name: file.get_tensor(name) for name in names})
-                saved = {key: value for key, value in description.items() if key != "tokenizer"}
-                model.whole_fingerprint = _digest(saved, sorted(file.keys()), file.get_tensor)
+                model.whole_fingerprint = _digest(describe(model), sorted(file.keys()), file.get_tensor)
     except Exception as error:  # safetensors raises its own types for a cut-off file
         reason = str(error).splitlines()[0]
         raise UserError(f"{weights}: the weights do not fit or are damaged ({reason})") from None
+    if "preprocessing" not in description and model.open_clip_config is not None:
+        warnings.warn(_assumed(model, folder), AssumedPreprocessingWarning, stacklevel=3)
     return model
+
+
+def _assumed(model: TwoTower, folder: Path) -> str:
+    """The warning about an open_clip model whose mean and std were not saved; it names those of open_clip's tags."""
+    tags = open_clip.list_pretrained_tags_by_model(model.name)
+    size = {"size": model.input_size}
+    known = {Preprocessing.of_open_clip({**open_clip.get_pretrained_cfg(model.name, tag), **size}) for tag in tags}
+    others = [differences(model.preprocessing, other)[1] for other in known - {model.preprocessing}]
+    hint = f" (open_clip's weights of {model.name} have {' or '.join(sorted(others))})" if others else ""
+    return (
+        f"{folder}: its mean, std and resize mode were not saved; assumed are {model.preprocessing}{hint}. "
+        'Put the right ones into config.json as "preprocessing", or export the model again'
+    )
 
 
 def load(path_or_name: str | Path, *, device: str | torch.device | None = None, text: bool = True) -> TwoTower:
@@ -193,7 +251,7 @@ def reinitialised(model: TwoTower, seed: int = 0) -> TwoTower:
         torch.manual_seed(seed)
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = model.tokenizer.save(Path(folder))
-            fresh = build_described({**describe(model), "tokenizer": tokenizer}, Path(folder))
+            fresh = build_described(_whole_description(model, tokenizer), Path(folder))
     fresh.tokenizer = model.tokenizer
     return fresh.to(model.device).eval()
 

@@ -17,7 +17,11 @@ from contrastive.errors import UserError
 
 
 class ImageTower(Protocol):
-    """What the two-tower model needs of an image tower (an ``nn.Module``)."""
+    """What the two-tower model needs of an image tower (an ``nn.Module``).
+
+    A tower whose input is not square has ``full_size`` too, (height, width). `mean` and `std` follow
+    `TwoTower.preprocessing`.
+    """
 
     image_size: int
     width: int

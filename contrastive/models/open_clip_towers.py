@@ -24,19 +24,18 @@ from contrastive.errors import UserError
 from contrastive.models.prefix_tree import Layer, last_states
 from contrastive.models.tokenizer import OpenClipTokenizer
 from contrastive.models.two_tower import TwoTower
+from contrastive.preprocessing import Preprocessing
 
 
 class OpenClipImageTower(nn.Module):
-    """The ``visual`` of an open_clip model; `preprocess` is its configuration (mean, std, size)."""
+    """The ``visual`` of an open_clip model, whose pixels are normalised with the mean and std of `preprocessing`."""
 
-    def __init__(self, visual: Any, dim: int, preprocess: dict[str, Any]) -> None:
+    def __init__(self, visual: Any, dim: int, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.visual = visual
-        size = visual.image_size
-        self.image_size: int = size[0] if isinstance(size, tuple | list) else int(size)
-        self.full_size = tuple(size) if isinstance(size, tuple | list) else (int(size), int(size))
-        self.mean = tuple(preprocess["mean"])
-        self.std = tuple(preprocess["std"])
+        self.full_size = preprocessing.size
+        self.image_size: int = preprocessing.size[0]
+        self.mean, self.std = preprocessing.mean, preprocessing.std
         # Only the plain vision transformer keeps its projection where it can be held back.
         self.splits = isinstance(visual, VisionTransformer) and getattr(visual, "proj", None) is not None
         self.width: int = visual.proj.shape[0] if self.splits else dim
@@ -166,6 +165,9 @@ def open_clip_model(
 ) -> TwoTower:
     """A `TwoTower` around the open_clip model `name` (or a path to a model JSON).
 
+    Its preprocessing is the one that open_clip has for the tag. It is open_clip's default for a checkpoint file and for
+    random weights, unless the JSON is an ``open_clip_config.json``, which has its own.
+
     Args:
         pretrained: an open_clip weight tag or a checkpoint file; None gives random weights. A tag may need the hub.
         config: the model's JSON as a dict, instead of looking `name` up.
@@ -175,6 +177,7 @@ def open_clip_model(
         UserError: the name is unknown, the JSON is broken, or the weights cannot be had.
     """
     path = Path(name)
+    named: dict[str, Any] = {}
     if config is None and path.suffix == ".json":
         if not path.is_file():
             raise UserError(f"model.name: {path} does not exist")
@@ -183,6 +186,8 @@ def open_clip_model(
         except json.JSONDecodeError as error:
             raise UserError(f"model.name: {path} is not JSON ({error})") from None
         name = path.stem
+        if "model_cfg" in config:  # an open_clip_config.json, as open_clip puts beside weights
+            named, config = config.get("preprocess_cfg") or {}, config["model_cfg"]
     known = open_clip.get_model_config(name)
     if config is None:
         if known is None:
@@ -215,27 +220,25 @@ def open_clip_model(
     finally:
         logging.disable(logging.NOTSET)
     dim = int(config["embed_dim"])
-    preprocess = getattr(model.visual, "preprocess_cfg", {}) or {}
-    preprocess = {
-        "mean": preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN),
-        "std": preprocess.get("std", open_clip.OPENAI_DATASET_STD),
-    }
+    visual = model.visual
+    # open_clip puts there what it knows of the tag; a file of weights says nothing, and gets open_clip's defaults
+    preprocessing = Preprocessing.of_open_clip({**visual.preprocess_cfg, **named, "size": visual.image_size})
     text_config = config.get("text_cfg", {})
     context = int(text_config.get("context_length", 77))
     own = bool(text_config.get("hf_tokenizer_name") or text_config.get("tokenizer_kwargs"))
     tokenizer = OpenClipTokenizer(registered if own else None, context)
-    visual = model.visual
     if pretrained is not None:
         # The weights' own scale is part of them; a learned value must not be reset to the recipe's start.
         options = {**options, "scale_init": float(model.logit_scale.detach().exp())}
         if getattr(model, "logit_bias", None) is not None:
             options["bias"] = float(model.logit_bias.detach())
     tower = TwoTower(
-        OpenClipImageTower(visual, dim, preprocess),
+        OpenClipImageTower(visual, dim, preprocessing),
         OpenClipTextTower(model.text),
         tokenizer,
         dim,
         name=name,
+        preprocessing=preprocessing,
         **options,
     )
     tower.open_clip_config = config

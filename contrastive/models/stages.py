@@ -60,7 +60,7 @@ def check_sizes(model: TwoTower, sizes: Iterable[int]) -> None:
 def _check_size(model: TwoTower, size: int) -> None:
     try:
         with torch.inference_mode():
-            shape = tuple(model.image_features(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape)
+            shape = tuple(model.image.features(torch.zeros(1, 3, size, size)).shape)
     except Exception as error:  # towers tell of sizes in many ways
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     else:

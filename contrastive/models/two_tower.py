@@ -6,18 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from contrastive.images import square
+from contrastive.errors import UserError
 from contrastive.models.image_towers import ImageTower
 from contrastive.models.layers import layers_of
 from contrastive.models.stages import PATCH_DROPOUTS
 from contrastive.models.text_towers import TextTower
 from contrastive.models.tokenizer import Tokenizer
+from contrastive.preprocessing import Preprocessing
 
 
 class TwoTower(nn.Module):
@@ -32,6 +32,8 @@ class TwoTower(nn.Module):
         scale_learned: False keeps the scale where it starts.
         bias: start of the logit bias that sigmoid losses use; None for a model without one.
         lock_image, lock_text: keep a tower's trunk as it is (no gradient, evaluation mode); its projection learns.
+        preprocessing: from a picture to the pixels of the image tower; None for CLIP's transform with the mean, std
+            and size of the tower.
     """
 
     pixel_mean: Tensor
@@ -51,6 +53,7 @@ class TwoTower(nn.Module):
         lock_image: bool = False,
         lock_text: bool = False,
         name: str = "two-tower",
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         super().__init__()
         assert isinstance(image, nn.Module) and isinstance(text, nn.Module)
@@ -60,12 +63,12 @@ class TwoTower(nn.Module):
         self.image_size: int = image.image_size
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale_init)), requires_grad=scale_learned)
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
-        # 255 belongs to the constants: uint8 pixels become normalised floats in one fused pass.
-        self.register_buffer("pixel_mean", torch.tensor(image.mean).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(image.std).view(1, 3, 1, 1) * 255, persistent=False)
+        for constant in ("pixel_mean", "pixel_std"):
+            self.register_buffer(constant, torch.zeros(1, 3, 1, 1), persistent=False)
         self.channels_last = False
         self.open_clip_config: dict[str, Any] | None = None  # set for a model of open_clip: what rebuilds it
         self.whole_fingerprint: str | None = None  # of a model opened without its text tower: what it would have
+        self.preprocessing = preprocessing or Preprocessing(image.mean, image.std, self.input_size)
         self.adapters: dict[str, dict[str, Any]] = {}  # by tower, what `add_adapters` gave it
         self.locked: tuple[str, ...] = ()
         self.held: tuple[str, ...] = ()  # locked for the time being, see `hold`
@@ -78,9 +81,39 @@ class TwoTower(nn.Module):
     def device(self) -> torch.device:
         return self.logit_scale.device
 
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width that the image tower is built for, pixels."""
+        height, width = getattr(self.image, "full_size", (self.image_size, self.image_size))
+        return int(height), int(width)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """From a picture to the pixels of the image tower. It is saved with the model and part of its fingerprint.
+
+        Raises (when set):
+            UserError: its size is not that of the tower, or the model was opened without its text tower.
+        """
+        return self._preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, value: Preprocessing) -> None:
+        if value.size != self.input_size:
+            raise UserError(
+                f"preprocessing.size {list(value.size)}: the image tower of {self.name} takes {list(self.input_size)}; "
+                "use that"
+            )
+        if self.whole_fingerprint is not None:
+            raise UserError(f"preprocessing: {self.name} was opened without its text tower; open the whole model first")
+        self._preprocessing = value
+        self.image.mean, self.image.std = value.mean, value.std
+        # 255 belongs to the constants: uint8 pixels become normalised floats in one fused pass.
+        self.pixel_mean.copy_(torch.tensor(value.mean).view(1, 3, 1, 1) * 255)
+        self.pixel_std.copy_(torch.tensor(value.std).view(1, 3, 1, 1) * 255)
+
     def preprocess(self, image: Image.Image) -> Tensor:
-        """A PIL image as uint8 ``(3, H, W)``: see `contrastive.images.square`."""
-        return torch.from_numpy(np.asarray(square(image, self.image_size)).transpose(2, 0, 1).copy())
+        """A PIL image as uint8 ``(3, H, W)``: see `contrastive.preprocessing.Preprocessing`."""
+        return torch.from_numpy(self.preprocessing.apply(image))
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids, int64 ``(N, L)``; L is the longest caption where the tower allows it, else the context."""

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, PngImagePlugin, WebPImagePlugin
 
-from contrastive.images import square, to_rgb
+from contrastive.images import to_rgb
+from contrastive.preprocessing import centre_square
 from contrastive.shards.record import Rejected, image_extension
 
 try:
@@ -97,8 +98,8 @@ def _power_of_two(factor: float) -> int:
 
 
 def resize_square(image: Image.Image, size: int) -> np.ndarray:
-    """`contrastive.images.square` as uint8 (3, size, size)."""
-    return np.ascontiguousarray(np.asarray(square(image, size)).transpose(2, 0, 1))
+    """`contrastive.preprocessing.centre_square` as uint8 (3, size, size)."""
+    return np.ascontiguousarray(np.asarray(centre_square(image, size)).transpose(2, 0, 1))
 
 
 def _open(data: bytes | memoryview) -> Image.Image:

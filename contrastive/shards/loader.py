@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from contrastive.errors import UserError
+from contrastive.preprocessing import Preprocessing
 from contrastive.shards.augment import DRAWS, Augment, recolor
 from contrastive.shards.batch import Batch, Rejection
 from contrastive.shards.cache import open_cache
@@ -36,6 +37,7 @@ class PairLoader:
     index: one set, or a `Mixture` of several.
     tokenize: list of n captions → int64 (n, length), a tensor or an array.
     image_size: height and width of the pixels. augment: None for the evaluation transform.
+    preprocessing: that transform, of the model which the pixels are for; None for `centre_square`.
     global_batch: samples of all processes together; rank r of `world` gets the r-th contiguous slice.
     window: shards that are shuffled with each other, see `Order`; None for all.
     workers: processes that prepare batches; 0 does it in this one.
@@ -60,6 +62,7 @@ class PairLoader:
         tokenize: Tokenize,
         image_size: int,
         augment: Augment | None,
+        preprocessing: Preprocessing | None = None,
         global_batch: int,
         rank: int = 0,
         world: int = 1,
@@ -88,9 +91,15 @@ class PairLoader:
             "mean_fill": mean_fill,
         }
         self.identity: dict[str, Any] = {**self.place.identity, "transform": transform}
-        self._room = global_batch // world * image_size * image_size * 3  # bytes of a batch's pixels
+        used = preprocessing if augment is None else None
+        if used is not None and not (
+            used.plain and used.size[0] == image_size
+        ):
+            transform["preprocessing"] = used.geometry
+        height, width = (image_size, image_size) if used is None else used.size
+        self._room = global_batch // world * height * width * 3  # bytes of a batch's pixels
         threads = threads_of(workers, world) if compiled else 0
-        self._items = _Steps(self.mixture, self.place, tokenize, transform, augment, cache, threads)
+        self._items = _Steps(self.mixture, self.place, tokenize, transform, augment, used, cache, threads)
 
     def state(self, step: int) -> dict[str, Any]:
         """All that the batches from this step on depend on, as JSON; see `Place.state`."""
@@ -153,12 +162,15 @@ class _Steps:
         tokenize: Tokenize,
         transform: dict[str, Any],
         augment: Augment | None,
+        preprocessing: Preprocessing | None,
         cache: bool,
         threads: int,
     ) -> None:
         """threads: of compiled code; 0 for none."""
         self.mixture, self.place, self.tokenize, self.augment = mixture, place, tokenize, augment
         self.seed, self.size, self.fill = place.identity["seed"], transform["image_size"], transform["mean_fill"]
+        self.preprocessing = preprocessing
+        self.shape = (self.size, self.size) if preprocessing is None else preprocessing.size
         self.caption_variants, self.decode = transform["caption_variants"], transform["decode"]
         self.caches = [open_cache(part) for part in mixture.parts] if cache else None
         self.captions: dict[int, str] = {}  # where pixels are cached: what has been read
@@ -169,7 +181,7 @@ class _Steps:
     def __getitem__(self, step: int) -> Batch:
         epochs, samples = self.place.at(step)
         numbers = draws(self.seed, epochs, samples, DRAWS + 2)
-        pixels_nhwc = new_bytes(len(samples), self.size, self.size, 3)
+        pixels_nhwc = new_bytes(len(samples), *self.shape, 3)
         pixels = pixels_nhwc.numpy()
         valid = np.zeros(len(samples), bool)
         captions = [""] * len(samples)
@@ -215,7 +227,7 @@ class _Steps:
         """Pixels and first caption of a sample; None for pixels that are in the batch already."""
         if self.caches is None:
             image, caption = self.mixture.pair(sample)
-            return render(image, self.size, self.augment, u, self.fill, self.decode), caption
+            return render(image, self.size, self.augment, u, self.fill, self.decode, self.preprocessing), caption
         part, i = self.mixture.locate(sample)
         cache = self.caches[part]
         if i in cache.rejected:
@@ -223,7 +235,7 @@ class _Steps:
         caption = self._remembered_caption(sample)
         if self.at_once:
             return None, caption
-        return render_pixels(cache.pixels[i], self.size, self.augment, u, self.fill), caption
+        return render_pixels(cache.pixels[i], self.size, self.augment, u, self.fill, self.preprocessing), caption
 
     def _remembered_caption(self, sample: int) -> str:
         known = self.captions.get(sample)
