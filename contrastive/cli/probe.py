@@ -47,7 +47,8 @@ def _fit(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from contrastive.evaluation import probe_with_controls
-    from contrastive.models import fingerprint, load, reinitialised
+    from contrastive.evaluation.belonging import identity_of
+    from contrastive.models import load, reinitialised
 
     model = load(args.model)
     outcome = probe_with_controls(
@@ -66,7 +67,7 @@ def _fit(args: argparse.Namespace) -> int:
     outcome.probe.save(
         args.output,
         model=str(model_path.resolve()) if model_path.exists() else args.model,
-        fingerprint=fingerprint(model),
+        **identity_of(model),
         features=args.features,
         invert=args.invert,
         results=outcome.results,
@@ -123,7 +124,8 @@ def _numbers(option: str, text: str, wanted: str) -> list[float]:
 def _predict(args: argparse.Namespace) -> int:
     from contrastive.errors import UserError
     from contrastive.evaluation import LinearProbe, embed
-    from contrastive.models import fingerprint, load
+    from contrastive.evaluation.belonging import check_belongs
+    from contrastive.models import load
 
     if args.top_k < 1:
         raise UserError(f"--top-k {args.top_k}: give at least 1")
@@ -133,10 +135,7 @@ def _predict(args: argparse.Namespace) -> int:
     if path is None:
         raise UserError(f"{args.probe} does not say which model it belongs to; name it with --model")
     model = load(path)
-    if saved.get("fingerprint") not in (None, fingerprint(model)):
-        raise UserError(
-            f"{args.probe} was fitted to another model than {path}; name that one with --model, or fit again"
-        )
+    check_belongs(args.probe, saved, model, remedy="name its own model with --model, or fit again")
     found = embed(
         model,
         one_source(args.images),

@@ -1,7 +1,8 @@
 """A zero-shot classifier as one file, `classifier.safetensors`: no pickle, and no text tower to open it.
 
 The file holds the tensors `weights` (D, K) and, once fitted, `thresholds` (K,); its header has, as JSON, the labels,
-the templates, the temperature, the threshold of "none of these", the logit scale, and the hash of the model.
+the templates, the temperature, the threshold of "none of these", the logit scale, and the hash and the preprocessing of
+the model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from contrastive.errors import UserError
+from contrastive.evaluation.belonging import check_belongs, identity_of
 from contrastive.evaluation.labels import check_labels
 from contrastive.evaluation.prompts import read_class_prompts
 from contrastive.evaluation.protocol import Model
@@ -37,9 +39,7 @@ def save_classifier(classifier: ZeroShotClassifier, path: str | Path, *, model_p
         "rejection": classifier.rejection_,
         "scale": classifier.scale,
         "bias": classifier.bias,
-        "fingerprint": model_hash(classifier.model)
-        if classifier.model is not None
-        else classifier._kept["fingerprint"],
+        **(classifier._kept["identity"] if classifier.model is None else identity_of(classifier.model)),
         "model": model_path if model_path is not None else classifier._kept.get("model"),
     }
     tensors = {"weights": np.ascontiguousarray(classifier.weights_)}
@@ -53,11 +53,12 @@ def load_classifier(path: str | Path, model: Model | str | Path | None = None) -
     """Open a file that `ZeroShotClassifier.save` wrote.
 
     Args:
-        model: the model that embeds images, or where it is. Its hash must be the file's. Without one the classifier
-            takes ready embeddings alone, and no tower is opened.
+        model: the model that embeds images, or where it is. Its hash and its preprocessing must be the file's. Without
+            one the classifier takes ready embeddings alone, and no tower is opened.
 
     Raises:
-        UserError: no such file, not a classifier, or the file of another model: both hashes are named.
+        UserError: no such file, not a classifier, or the file of another model: both hashes are named, or what differs
+            in the preprocessing.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,7 +68,8 @@ def load_classifier(path: str | Path, model: Model | str | Path | None = None) -
             header = json.loads((file.metadata() or {})["classifier"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         weights = tensors["weights"]
-        kept = {name: header[name] for name in ("scale", "bias", "fingerprint", "model")}
+        kept = {name: header[name] for name in ("scale", "bias", "model")}
+        kept["identity"] = {"fingerprint": header["fingerprint"], "preprocessing": header.get("preprocessing")}
         labels, templates = header["labels"], header["templates"]
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise UserError(
@@ -80,7 +82,8 @@ def load_classifier(path: str | Path, model: Model | str | Path | None = None) -
 
         model = load(model, text=False)
     if model is not None:
-        _check_model(path, kept["fingerprint"], model)
+        remedy = "open it beside its own model, or build it again"
+        check_belongs(f"classifier: {path}", kept["identity"], model, remedy=remedy)
     classifier = ZeroShotClassifier(
         model, labels, templates, aliases=header.get("aliases"), parents=header.get("parents")
     )
@@ -89,19 +92,3 @@ def load_classifier(path: str | Path, model: Model | str | Path | None = None) -
     classifier.inverted = bool(header.get("invert", False))
     classifier.thresholds_ = tensors.get("thresholds")
     return classifier
-
-
-def model_hash(model: Model) -> str | None:
-    """The fingerprint of a model of this project; None for another object with the same methods."""
-    from contrastive.models import TwoTower, fingerprint
-
-    return fingerprint(model) if isinstance(model, TwoTower) else None
-
-
-def _check_model(path: Path, expected: str | None, model: Model) -> None:
-    found = model_hash(model)
-    if expected is not None and found is not None and expected != found:
-        raise UserError(
-            f"classifier: {path} belongs to the model {expected}, this one is {found}; open it beside its own model, "
-            "or build it again"
-        )

@@ -148,8 +148,12 @@ def model_hash(model: Model) -> str:
 
 
 def preprocessing_hash(model: Model) -> str:
-    """A hash of what `preprocess` makes of two pictures, one wide and one tall, that hold every brightness."""
-    made = []
+    """A hash of the model's `preprocessing`, where it has one, and of what `preprocess` makes of two pictures.
+
+    One is wide, one is tall, and both hold every brightness.
+    """
+    own = getattr(model, "preprocessing", None)
+    made = [] if own is None else [json.dumps(own.to_dict(), sort_keys=True).encode()]
     for width, height in ((150, 97), (61, 83)):
         rows, columns = np.mgrid[:height, :width]
         picture = np.stack([rows * 3 + columns, rows * columns, (rows // 5 + columns // 7) % 2 * 255], axis=2)

@@ -66,13 +66,15 @@ class NoTextTower(nn.Module):
         return self._description
 
 
-def describe(model: TwoTower) -> dict[str, Any]:
+def describe(model: TwoTower, *, recorded: bool = True) -> dict[str, Any]:
     """What builds `model` again, weights and tokenizer aside; equal for two models that can share weights.
 
     The preprocessing is part of it where it is not the one that a description without any implies: so models from
     before it was recorded keep their fingerprints.
+
+    recorded: False leaves the preprocessing out.
     """
-    recorded = model.preprocessing != _implied(model)
+    recorded = recorded and model.preprocessing != implied_preprocessing(model)
     description: dict[str, Any] = {
         "format": FORMAT if recorded else 1,
         "name": model.name,
@@ -91,7 +93,7 @@ def describe(model: TwoTower) -> dict[str, Any]:
     return as_json
 
 
-def _implied(model: TwoTower) -> Preprocessing:
+def implied_preprocessing(model: TwoTower) -> Preprocessing:
     """The preprocessing of a description that has none: CLIP's transform.
 
     Mean and std stand in the description of a tower of timm. That of an open_clip model has none: open_clip's defaults.
@@ -181,7 +183,7 @@ def _open_folder(folder: Path, text: bool) -> TwoTower:
             with safe_open(weights, framework="pt") as file:
                 names = [name for name in file.keys() if not name.startswith("text.")]  # noqa: SIM118
                 model.load_state_dict({name: file.get_tensor(name) for name in names})
-                model.whole_fingerprint = _digest(describe(model), sorted(file.keys()), file.get_tensor)
+                model.whole_fingerprint = _both_fingerprints(model, sorted(file.keys()), file.get_tensor)
     except Exception as error:  # safetensors raises its own types for a cut-off file
         reason = str(error).splitlines()[0]
         raise UserError(f"{weights}: the weights do not fit or are damaged ({reason})") from None
@@ -256,12 +258,22 @@ def reinitialised(model: TwoTower, seed: int = 0) -> TwoTower:
     return fresh.to(model.device).eval()
 
 
-def fingerprint(model: TwoTower) -> str:
-    """Hash of the weights and the description: two models with the same one give the same embeddings."""
+def fingerprint(model: TwoTower, *, recorded: bool = True) -> str:
+    """Hash of the weights and the description: two models with the same one give the same embeddings.
+
+    recorded: False gives the hash of the same model before the preprocessing was recorded.
+    """
     if model.whole_fingerprint is not None:
-        return model.whole_fingerprint
+        return model.whole_fingerprint[recorded]
     state = plain_state(model)
-    return _digest(describe(model), sorted(state), state.__getitem__)
+    return _digest(describe(model, recorded=recorded), sorted(state), state.__getitem__)
+
+
+def _both_fingerprints(model: TwoTower, names: list[str], tensor: Callable[[str], torch.Tensor]) -> dict[bool, str]:
+    """`fingerprint` by its `recorded`; the weights are read once where both are the same."""
+    now, before = (describe(model, recorded=recorded) for recorded in (True, False))
+    found = _digest(now, names, tensor)
+    return {True: found, False: found if before == now else _digest(before, names, tensor)}
 
 
 def _digest(description: dict[str, Any], names: list[str], tensor: Callable[[str], torch.Tensor]) -> str:

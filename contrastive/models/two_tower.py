@@ -67,7 +67,8 @@ class TwoTower(nn.Module):
             self.register_buffer(constant, torch.zeros(1, 3, 1, 1), persistent=False)
         self.channels_last = False
         self.open_clip_config: dict[str, Any] | None = None  # set for a model of open_clip: what rebuilds it
-        self.whole_fingerprint: str | None = None  # of a model opened without its text tower: what it would have
+        # of a model opened without its text tower: what `fingerprint` is of the whole one, by its `recorded`
+        self.whole_fingerprint: dict[bool, str] | None = None
         self.preprocessing = preprocessing or Preprocessing(image.mean, image.std, self.input_size)
         self.adapters: dict[str, dict[str, Any]] = {}  # by tower, what `add_adapters` gave it
         self.locked: tuple[str, ...] = ()
