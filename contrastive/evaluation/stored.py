@@ -189,7 +189,7 @@ def _cut(records: Any) -> tuple[int, list[Iterable[Any]]]:
     """The number of items, and the items in parts, none of which is read yet."""
     if isinstance(records, Source):
         cut = records.cut(PART)
-        return sum(segment.rows for part in cut for segment in part.segments), [records.read(part) for part in cut]
+        return sum(part.records for part in cut), [records.read(part) for part in cut]
     return len(records), [records[start : start + PART] for start in range(0, len(records), PART)]
 
 

@@ -42,20 +42,39 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive rows of one file: the first lies `at` (a row number; for lines of text, a byte offset)."""
+    """Consecutive rows of one file: the first lies `at` (a row number; for lines of text, a byte offset).
+
+    line: for lines of text, the number of the line there, from 1.
+    """
 
     file: int
     at: int
     rows: int
+    line: int = 1
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows that become shard `number`; `row` is the number of the first one in the whole source."""
+    """The rows that become shard `number`; `row` is the number of the first one in the whole source.
+
+    roles: a byte a row where rows are grouped by image, else empty: OWN, a record of its own; BEFORE, a caption of the
+    record before; APART, a caption of an earlier record that is not directly before.
+    more: for a row of this part, captions and labels of the rows that are APART from it.
+    """
 
     number: int
     row: int
     segments: tuple[Segment, ...]
+    roles: bytes = b""
+    more: Mapping[int, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+
+    @property
+    def records(self) -> int:
+        """The number of records, which is less than the number of rows where rows are grouped."""
+        return self.roles.count(OWN) if self.roles else sum(segment.rows for segment in self.segments)
+
+
+OWN, BEFORE, APART = range(3)  # of Part.roles
 
 
 class Source:
@@ -71,7 +90,6 @@ class Source:
     columns: list[str]
     files: list[Path]
     limit: int | None = None
-    grouped: int = 0
 
     def __iter__(self) -> Iterator[Record]:
         return itertools.islice(self._records(), self.limit)
@@ -85,6 +103,10 @@ class Source:
     @property
     def rejected(self) -> Mapping[str, int]:
         return {}
+
+    @property
+    def grouped(self) -> int:
+        return 0
 
     @property
     def notes(self) -> list[str]:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from contrastive.errors import UserError
+from contrastive.shards.csv_table import CsvSource
 from contrastive.shards.folder import ImageFolder
 from contrastive.shards.hf_disk import DiskSource, is_saved_dataset
 from contrastive.shards.index import PathLike, ShardIndex, open_index
+from contrastive.shards.json_lines import JsonLinesSource
+from contrastive.shards.parquet_table import ParquetSource
 from contrastive.shards.record import IMAGE_EXTENSIONS, Part, Record, Rejected, Source
-from contrastive.shards.tables import CsvSource, JsonLinesSource, ParquetSource, TableSource
+from contrastive.shards.tables import TableSource
 
 
 class ShardSource(Source):
@@ -57,11 +60,14 @@ def open_source(
     label: str | None = None,
     limit: int | None = None,
     allow_outside: bool = True,
+    group: bool | None = None,
 ) -> Source:
     """Open a folder, file, glob or list of files as a stream of records; nothing is decoded.
 
     Tables (.parquet, .csv, .tsv, .jsonl): `image`, `caption` and `label` name the columns, and are guessed
     from the usual names where not given. The image is bytes (Parquet) or a path relative to the table.
+    Rows with the same image are one record with several captions: where the image column is text (group=None), also
+    where it holds bytes (True), nowhere (False). `limit` counts records.
     Without `allow_outside`, a path that leaves the table's folder is not read: the record's fault says so.
     Folders: of .tar shards, of images (with sidecar .txt captions, or one sub-folder a class), of tables, or
     written by `save_to_disk` of Hugging Face's `datasets`.
@@ -70,16 +76,22 @@ def open_source(
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: give at least 1")
-    source = _open(path, image, caption, label)
+    source = _open(path, image, caption, label, group)
     source.limit = limit
     if isinstance(source, TableSource):
         source.allow_outside = allow_outside
     return source
 
 
-def _open(path: PathLike | Sequence[PathLike], image: str | None, caption: str | None, label: str | None) -> Source:
+def _open(
+    path: PathLike | Sequence[PathLike],
+    image: str | None,
+    caption: str | None,
+    label: str | None,
+    group: bool | None,
+) -> Source:
     if isinstance(path, str | os.PathLike) and is_saved_dataset(Path(path)):
-        return DiskSource(Path(path), image, caption, label)
+        return DiskSource(Path(path), image, caption, label, group)
     root, files = _expand(path)
     kind = _kind(path, files)
     if kind in ("shards", "images") and (image or caption or label):
@@ -89,7 +101,7 @@ def _open(path: PathLike | Sequence[PathLike], image: str | None, caption: str |
     if kind == "images":
         return ImageFolder(root, files)
     tables = {"parquet": ParquetSource, "csv": CsvSource, "jsonl": JsonLinesSource}
-    return tables[kind](files, image, caption, label)
+    return tables[kind](files, image, caption, label, group)
 
 
 _KINDS = {

@@ -1,33 +1,41 @@
-"""Tables of pairs: Parquet, CSV/TSV and JSON lines."""
+"""Rows of a table as records: which columns are used, and what their cells mean."""
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
 import math
-import os
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from contrastive.errors import UserError
-from contrastive.shards.files import read_regular
-from contrastive.shards.record import Part, Record, Segment, Source
+from contrastive.shards.grouping import Layout, joined, merge_more, roles_of
+from contrastive.shards.record import APART, BEFORE, OWN, Part, Record, Segment, Source
+from contrastive.shards.table_images import ImageReader, image_name
+from contrastive.shards.table_values import captions_of, is_listed, label_of
 
 IMAGE_NAMES = (
     "image",
     "img",
     "image_path",
+    "img_path",
     "filepath",
     "file_path",
     "filename",
     "file_name",
+    "image_name",
+    "image_file",
     "file",
     "path",
     "jpg",
+    # columns of addresses: every row is then counted with what to do
+    "url",
+    "image_url",
+    "img_url",
 )
 CAPTION_NAMES = (
     "caption",
@@ -37,19 +45,27 @@ CAPTION_NAMES = (
     "alt_text",
     "alt",
     "sentence",
+    "comment",
+    "txt",
     "captions",
 )
-ROW_LINES = 200  # of a row of a CSV file, at most; captions may have line breaks
 LABEL_NAMES = ("label_name", "label", "class_name", "class", "category")
+SAMPLE = 100  # first rows of a file that are read to find the columns of JSON lines, and captions that are lists
+
+Row = tuple[int, Mapping[str, Any]]  # where it is (the line or the number, from 1), and the cells by column
 
 
 class TableSource(Source):
-    """Rows of one or several files with the same columns.
+    """Rows of one or several files, read by the names of their columns.
 
+    group: rows with the same image are one record with several captions. None: where the cells are text, such as
+    paths. True: also where they hold the bytes. False: every row is a record.
     allow_outside: read images by paths that leave the table's folder.
     """
 
     allow_outside = True
+    unit = "row"  # of a place in a file
+    begins = ""  # how an error about a missing column goes on
 
     def __init__(
         self,
@@ -57,274 +73,239 @@ class TableSource(Source):
         image: str | None,
         caption: str | None,
         label: str | None,
+        group: bool | None = None,
     ) -> None:
-        self.files = files
-        self.columns = self._read_columns()
+        self.files, self.group = files, group
+        self.headers = [self._read_columns(number) for number in range(len(files))]
+        self.columns = list(dict.fromkeys(itertools.chain(*self.headers)))
         self.image_column = self._find("image", image, IMAGE_NAMES)
         self.caption_column = self._find("caption", caption, CAPTION_NAMES)
         self.label_column = self._find("label", label, LABEL_NAMES)
+        self._label_named = label is not None
+        used = {"key", "captions", "label", self.image_column, self.caption_column, self.label_column}
+        self._used = frozenset(used)
+        self._check_files()
+        self._known: Layout | None = None
+        self._readers: dict[int, ImageReader] = {}
 
-    def _read_columns(self) -> list[str]:
+    # ---- what a kind of file brings
+
+    def _read_columns(self, file: int) -> list[str]:
         raise NotImplementedError
 
-    def _rows(self, segment: Segment) -> Iterator[Mapping[str, Any]]:
-        """The rows of a segment: fewer where the file ends before."""
+    def _rows(self, segment: Segment, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """The rows of a segment: fewer where the file ends before. columns: those that are needed, None for all."""
         raise NotImplementedError
 
-    def _count(self) -> int:
-        return sum(sum(1 for _ in starts) for starts in self._row_starts())
+    def _places(self, file: int, note: Callable[[Mapping[str, Any]], None] | None) -> tuple[Any, Any]:
+        """Where the rows of a file lie and on which lines, see `Layout`; `note` is called with each of them."""
+        raise NotImplementedError
 
-    def read(self, part: Part) -> Iterator[Record]:
-        number = part.row
-        for segment in part.segments:
-            for row in self._rows(segment):
-                yield self._record(number, self.files[segment.file], row)
-                number += 1
+    def _has_paths(self) -> bool:
+        """Whether the image cells are text."""
+        raise NotImplementedError
 
-    def identity(self) -> dict[str, Any]:
-        columns = [self.image_column, self.caption_column, self.label_column]
-        return {**super().identity(), "columns": columns, "allow_outside": self.allow_outside}
+    def _class_names(self, file: int) -> Mapping[str, list[str]]:
+        """By column, the names that its numbers stand for."""
+        return {}
+
+    # ---- columns
 
     def _find(self, role: str, named: str | None, guesses: tuple[str, ...]) -> str | None:
         found = ", ".join(self.columns)
         if named is not None:
             if named not in self.columns:
-                raise UserError(f"{self.files[0]}: no column '{named}' for the {role}; columns: {found}")
+                raise UserError(f"{self.files[0]}: no column '{named}' for the {role}; columns: {found}{self.begins}")
             return named
-        lowered = {column.lower(): column for column in reversed(self.columns)}
-        match = next((lowered[guess] for guess in guesses if guess in lowered), None)
-        if match is None and role == "image":
-            raise UserError(f"{self.files[0]}: no column looks like the image; name one of: {found}")
-        return match
+        for guess in guesses:
+            matches = [column for column in self.columns if column.lower() == guess]
+            if len(matches) > 1:
+                both = "' and '".join(matches)
+                raise UserError(f"{self.files[0]}: columns '{both}' could be the {role}; name one with --{role}")
+            if matches:
+                return matches[0]
+        if role == "image":
+            raise UserError(f"{self.files[0]}: no column looks like the image; name one of: {found}{self.begins}")
+        return None
+
+    def _check_files(self) -> None:
+        for number, (file, header) in enumerate(zip(self.files, self.headers, strict=True)):
+            for role, column in self._needed().items():
+                if column is not None and column not in header:
+                    raise UserError(
+                        f"{file}: has no column '{column}' for the {role}, as other files have; its columns: "
+                        f"{', '.join(header)}; rename it, or give the files one by one"
+                    )
+            label = self.label_column
+            if (label in self._class_names(number)) != (label in self._class_names(0)):
+                raise UserError(f"{file}: only some files name the classes of column '{label}'; give them one by one")
+
+    def _needed(self) -> dict[str, str | None]:
+        return {"image": self.image_column, "caption": self.caption_column, "label": self.label_column}
+
+    def identity(self) -> dict[str, Any]:
+        columns = [self.image_column, self.caption_column, self.label_column]
+        return {
+            **super().identity(),
+            "columns": columns,
+            "allow_outside": self.allow_outside,
+            "group": self.group,
+        }
+
+    # ---- rows and records
+
+    @property
+    def _layout(self) -> Layout:
+        """Where the rows are; found once, by reading every file (of Parquet with paths: three columns)."""
+        if self._known is None:
+            self._known = self._read_layout()
+        return self._known
+
+    @property
+    def grouped(self) -> int:
+        return self._layout.rows - self._layout.records
+
+    @property
+    def notes(self) -> list[str]:
+        found = []
+        layout = self._layout
+        if self.grouped:
+            merged = f"{layout.rows:,} rows became {layout.records:,} samples; --no-group keeps the rows apart"
+            found.append(f"grouped by image: {merged}")
+        if self._lists:
+            what = "1 row holds a list" if self._lists == 1 else f"{self._lists:,} rows hold a list"
+            found.append(f"captions: {what} written as text, which is read as several captions")
+        return found
+
+    def cut(self, size: int) -> list[Part]:
+        return self._layout.cut(size, self.limit)
+
+    def _count(self) -> int:
+        return self._layout.records
 
     def _records(self) -> Iterator[Record]:
+        if self._grouping():
+            return self.read(self._layout.part(0, 0, self._layout.rows))
         whole = tuple(Segment(file, 0, sys.maxsize) for file in range(len(self.files)))
         return self.read(Part(0, 0, whole))
 
-    def _record(self, number: int, file: Path, row: Mapping[str, Any]) -> Record:
-        label = row.get(self.label_column) if self.label_column else None
+    def read(self, part: Part) -> Iterator[Record]:
+        rows = ((segment.file, at, row) for segment in part.segments for at, row in self._rows(segment))
+        if not part.roles:
+            for number, (file, at, row) in enumerate(rows, part.row):
+                yield self._record(number, file, at, row)
+            return
+        held: tuple[int, Record] | None = None
+        captions: list[str] = []
+        labels: list[str] = []
+        for number, (file, at, row) in enumerate(rows):
+            role = part.roles[number]
+            if role == OWN:
+                if held is not None:
+                    yield joined(held[1], captions, labels, part.more.get(held[0]))
+                held, captions, labels = (number, self._record(part.row + number, file, at, row)), [], []
+            elif role == BEFORE:
+                self._add_texts(file, row, captions, labels)
+        if held is not None:
+            yield joined(held[1], captions, labels, part.more.get(held[0]))
+
+    def _record(self, number: int, file: int, at: int, row: Mapping[str, Any]) -> Record:
+        reader = self._readers.get(file)
+        if reader is None or reader.allow_outside != self.allow_outside:
+            reader = self._readers[file] = ImageReader(self.files[file].parent, self.allow_outside)
         key = row.get("key")
-        image, fault = _image(file, row.get(str(self.image_column)), self.allow_outside)
+        image, fault, detail = reader.read(row.get(self.image_column))  # type: ignore[arg-type]
+        captions, wrong, about = self._captions(row)
+        label, odd = self._label(file, row)
+        if fault is None and (wrong or odd):
+            fault, detail = (wrong, about) if wrong else (odd, f"{row.get(str(self.label_column))!r}"[:300])
         return Record(
             key=f"{number:09d}" if key in (None, "") else str(key),
             image=image,
-            captions=self._captions(row),
-            label=None if label in (None, "") else str(label),
-            meta=self._meta(row),
+            captions=captions,
+            label=label,
+            meta=self._meta(file, row),
             fault=fault,
+            detail=detail,
+            place=f"{self.files[file]}: {self.unit} {at}",
         )
 
-    def _captions(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        values: list[Any] = []
-        for column in (self.caption_column, "captions"):
-            value = row.get(column) if column else None
-            values += value if isinstance(value, list) else [value]
-        texts = [value.strip() for value in values if isinstance(value, str) and value.strip()]
-        return tuple(dict.fromkeys(texts))  # without repetitions, in order
+    def _captions(self, row: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None, str | None]:
+        main = row.get(self.caption_column) if self.caption_column else None
+        return captions_of(main, None if self.caption_column == "captions" else row.get("captions"))
 
-    def _meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        used = {
-            "key",
-            "captions",
-            "label",
-            self.image_column,
-            self.caption_column,
-            self.label_column,
-        }
-        plain = {k: v for k, v in row.items() if k not in used and isinstance(v, str | int | float)}
+    def _label(self, file: int, row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+        if self.label_column is None:
+            return None, None
+        value = row.get(self.label_column)
+        if not self._label_named and isinstance(value, list | dict):
+            return None, None  # the column is a guess, and not the one that was meant
+        return label_of(value, self._class_names(file).get(self.label_column))
+
+    def _meta(self, file: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        plain = {k: v for k, v in row.items() if k not in self._used and isinstance(v, str | int | float)}
+        names = self._class_names(file)
+        if names:
+            named = {k: label_of(v, names[k])[0] for k, v in plain.items() if k in names}
+            plain = {k: v for k, v in {**plain, **named}.items() if v is not None}
         return {k: v for k, v in plain.items() if not (isinstance(v, float) and not math.isfinite(v))}
 
+    # ---- rows with the same image
 
-class ParquetSource(TableSource):
-    """Parquet files, read in batches of rows."""
+    def _grouping(self) -> bool:
+        return self.group is True or (self.group is None and self._has_paths())
 
-    kind = "parquet"
+    def _text_columns(self) -> list[str]:
+        wanted = (self.image_column, self.caption_column, self.label_column, "captions")
+        return [column for column in dict.fromkeys(wanted) if column is not None]
 
-    def _read_columns(self) -> list[str]:
-        import pyarrow
+    def _read_layout(self) -> Layout:
+        self._lists = 0
+        ids: list[np.ndarray] = []
+        starts, lines = [], []
+        for file in range(len(self.files)):
+            found = array("q")
+            folder = str(self.files[file].parent.absolute())
 
-        try:
-            return list(self._open(self.files[0]).schema_arrow.names)
-        except (pyarrow.ArrowInvalid, OSError) as fault:
-            raise UserError(f"{self.files[0]}: not a Parquet file ({_one_line(fault)})") from None
+            def note(row: Mapping[str, Any], found: array[int] = found, folder: str = folder) -> None:
+                name = image_name(folder, row.get(str(self.image_column)))
+                # a row with a caption that cannot be read is not hidden in another record: it is counted
+                found.append((hash(name) or 1) if name is not None and self._captions(row)[1] is None else 0)
+                self._lists += is_listed(row.get(str(self.caption_column)))
 
-    def _open(self, file: Path) -> Any:
-        import pyarrow.parquet
+            file_starts, file_lines = self._places(file, note if self._grouping() else None)
+            starts.append(file_starts)
+            lines.append(file_lines)
+            ids.append(np.array(found, np.int64))
+        layout = Layout(starts, lines)
+        if not self._grouping():
+            first = itertools.islice(self._rows(Segment(0, 0, SAMPLE), self._text_columns()[1:]), SAMPLE)
+            self._lists = sum(is_listed(row.get(str(self.caption_column))) for _, row in first)
+        elif (roles := roles_of(np.concatenate(ids))) is not None:
+            layout.roles = roles[0]
+            layout.more = self._read_apart(*roles)
+        return layout
 
-        return pyarrow.parquet.ParquetFile(file)
+    def _read_apart(self, roles: np.ndarray, leaders: np.ndarray) -> Any:
+        """Captions and labels of the rows that are not directly after their record, by the row of the record."""
+        more: dict[int, tuple[list[str], list[str]]] = {}
+        row_number = 0
+        for file in range(len(self.files)):
+            for _, row in self._rows(Segment(file, 0, sys.maxsize), self._text_columns()):
+                if roles[row_number] == APART:
+                    self._add_texts(file, row, *more.setdefault(int(leaders[row_number]), ([], [])))
+                row_number += 1
+        return merge_more(more)
 
-    def _row_starts(self) -> Iterator[Iterable[int]]:
-        for file in self.files:
-            yield range(self._open(file).metadata.num_rows)
+    def _add_texts(self, file: int, row: Mapping[str, Any], captions: list[str], labels: list[str]) -> None:
+        captions += self._captions(row)[0]
+        label, fault = self._label(file, row)
+        if label is not None or fault:
+            labels.append(label if label is not None else str(fault))
 
-    def _rows(self, segment: Segment) -> Iterator[Mapping[str, Any]]:
-        table = self._open(self.files[segment.file])
-        first = 0
-        for group in range(table.num_row_groups):
-            last = first + table.metadata.row_group(group).num_rows
-            if first < segment.at + segment.rows and last > segment.at:
-                yield from rows_between(table.iter_batches(batch_size=256, row_groups=[group]), segment, first)
-            first = last
-
-
-class CsvSource(TableSource):
-    """CSV or TSV with a header line; the separator is the one that divides the header into most columns."""
-
-    kind = "csv"
-
-    def _read_columns(self) -> list[str]:
-        header = next(Lines(self.files[0]), "")
-        if not header.strip():
-            raise UserError(f"{self.files[0]}: empty; the first line must name the columns")
-        self.separator = max("\t,;|", key=lambda mark: len(next(csv.reader([header], delimiter=mark))))
-        return [name.strip() for name in next(csv.reader([header], delimiter=self.separator))]
-
-    def _row_starts(self) -> Iterator[Iterable[int]]:
-        return (self._starts(file) for file in self.files)
-
-    def _starts(self, file: Path) -> Iterator[int]:
-        lines = Lines(file)
-        before = 0
-        for number, row in enumerate(self._split(lines)):
-            if row and number:
-                yield before
-            before = lines.at
-
-    def _rows(self, segment: Segment) -> Iterator[Mapping[str, Any]]:
-        rows = self._split(Lines(self.files[segment.file], segment.at))
-        if not segment.at:
-            next(rows, None)  # the header
-        for row in itertools.islice(filter(None, rows), segment.rows):
-            yield dict(zip(self.columns, row, strict=False))
-
-    def _split(self, lines: Lines) -> Iterator[list[str]]:
-        csv.field_size_limit(1 << 24)  # the default of 128 KiB is a limit on captions
-        raw: list[str] = []  # the lines of one row
-
-        def noted() -> Iterator[str]:
-            for line in lines:
-                raw.append(line)
-                yield line
-
-        begins = lines.at
-        try:
-            for row in csv.reader(noted(), delimiter=self.separator):
-                # a quote that is never closed makes one caption of all rows up to the next one, or to the end
-                if len(raw) > ROW_LINES or (len(raw) > 1 and "".join(raw).count('"') % 2):
-                    raise UserError(
-                        f"{lines.path}: the row from byte {begins:,} on goes over {len(raw):,} lines: a quote is not "
-                        "closed; close it, or double the quotes that belong to the text"
-                    )
-                yield row
-                raw.clear()
-                begins = lines.at
-        except csv.Error as fault:
-            raise UserError(f"{lines.path}: not readable as CSV near byte {lines.at:,} ({_one_line(fault)})") from None
-
-
-class JsonLinesSource(TableSource):
-    """One JSON object a line; the columns are those of the first line."""
-
-    kind = "jsonl"
-
-    def _read_columns(self) -> list[str]:
-        first = next(self._rows(Segment(0, 0, 1)), None)
-        if first is None:
-            raise UserError(f"{self.files[0]}: empty; give one JSON object a line")
-        return list(first)
-
-    def _row_starts(self) -> Iterator[Iterable[int]]:
-        return (self._starts(file) for file in self.files)
-
-    def _starts(self, file: Path) -> Iterator[int]:
-        lines = Lines(file)
-        before = 0
-        for line in lines:
-            if line.strip():
-                yield before
-            before = lines.at
-
-    def _rows(self, segment: Segment) -> Iterator[Mapping[str, Any]]:
-        lines = Lines(self.files[segment.file], segment.at)
-        for line in itertools.islice((line for line in lines if line.strip()), segment.rows):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as fault:
-                what = "nested too deeply" if isinstance(fault, RecursionError) else _one_line(fault)
-                what = "a number of too many digits" if "set_int_max_str_digits" in what else what
-                raise UserError(f"{lines}is not JSON ({what})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{lines}is not a JSON object")
-            yield row
-
-
-class Lines:
-    """The lines of a UTF-8 file from a byte offset on; `at` is the offset behind the last one given."""
-
-    def __init__(self, path: Path, at: int = 0) -> None:
-        self.path, self.at = path, at
-        self._file = open(path, "rb")
-        self._file.seek(at)
-        self._waiting: list[bytes] = []
-
-    def __iter__(self) -> Lines:
-        return self
-
-    def __next__(self) -> str:
-        if not self._waiting:
-            line = b"" if self._file.closed else self._file.readline()
-            if not line:
-                self._file.close()
-                raise StopIteration
-            # a carriage return alone ends a line too, as in Python's text files
-            self._waiting = [piece for piece in re.split(rb"(?<=\r)(?!\n)", line) if piece][::-1]
-        piece = self._waiting.pop()
-        encoding = "utf-8" if self.at else "utf-8-sig"
-        self.at += len(piece)
-        try:
-            return piece.decode(encoding)
-        except UnicodeDecodeError:
-            raise UserError(f"{self.path}: not UTF-8; save it as UTF-8") from None
-
-    def __str__(self) -> str:
-        """Where the last line lies, to begin a message with."""
-        with open(self.path, "rb") as file:
-            number = len(file.read(self.at).splitlines())
-        return f"{self.path}: line {number} "
-
-
-def rows_between(batches: Iterable[Any], segment: Segment, first: int = 0) -> Iterator[Mapping[str, Any]]:
-    """The rows of a segment from Arrow batches, the first of which begins at row `first` of the file."""
-    for batch in batches:
-        start = max(segment.at - first, 0)
-        stop = min(segment.at + segment.rows - first, batch.num_rows)
-        if stop <= 0:
-            return
-        if start < stop:
-            yield from batch.slice(start, stop - start).to_pylist()
-        first += batch.num_rows
-
-
-def _image(table: Path, value: Any, allow_outside: bool) -> tuple[bytes | None, str | None]:
-    """The bytes (None where there are none or the file is missing), and why they were not read.
-
-    A path is relative to the table's folder.
-    """
-    if isinstance(value, dict):  # as the `datasets` library stores images
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return value, None
-    if not isinstance(value, str) or not value.strip():
-        return None, None
-    folder = os.path.realpath(table.parent)
-    try:
-        path = os.path.realpath(os.path.join(folder, value.strip()))
-        if not allow_outside and os.path.commonpath([folder, path]) != folder:
-            return None, "path outside the table's folder"
-        return read_regular(Path(path))
-    except (OSError, ValueError):
-        return None, None
-
-
-def _one_line(fault: Exception) -> str:
-    return str(fault).split("\n")[0]
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **self.__dict__,
+            "_known": None,
+            "_readers": {},
+        }  # other processes read parts, which hold what they need

@@ -187,11 +187,21 @@ def test_naming_a_column_of_an_image_folder_is_an_error(images: Path) -> None:
         open_source(images, caption="text")
 
 
-def test_a_table_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+def test_a_row_that_is_not_utf8_is_counted_and_its_line_is_named(tmp_path: Path) -> None:
     for name, text in {
-        "a.csv": "image,caption\n0.png,café\n",
-        "b.jsonl": '{"image": "0.png", "caption": "café"}\n',
+        "a.csv": "image,caption\n0.png,plain\n0.png,café\n",
+        "b.jsonl": '\n{"image": "0.png", "caption": "plain"}\n{"image": "0.png", "caption": "café"}\n',
     }.items():
+        (tmp_path / "0.png").write_bytes(encoded())
         (tmp_path / name).write_bytes(text.encode("latin-1"))
-        with pytest.raises(UserError, match=f"{name}.*UTF-8"):
-            list(open_source(tmp_path / name))
+        source = open_source(tmp_path / name)
+        first, second = source
+        assert (first.fault, second.fault) == (None, "caption not UTF-8")
+        assert second.place == f"{tmp_path / name}: line 3"
+        assert any("line 3 not UTF-8" in note for note in source.notes)
+
+
+def test_names_of_columns_that_are_not_utf8_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("image,légende\n0.png,x\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.csv: line 1 .*not UTF-8"):
+        open_source(tmp_path / "a.csv")
