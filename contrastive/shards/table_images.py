@@ -22,8 +22,8 @@ MISSING_FAULT = "no such file"
 LONGEST_DETAIL = 300  # characters of a value that is shown
 LEAST_BASE64 = 40  # characters: the smallest image, a GIF of one pixel, has 35 bytes
 LONG_BASE64 = 200  # characters from which text that begins like an image is not tried as a path first
-# The first characters of the formats in base64: JPEG (also urlsafe), PNG, GIF, WebP, BMP, TIFF.
-BASE64_STARTS = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
+# The first characters in base64 of JPEG (also urlsafe), PNG, GIF, WebP, BMP, TIFF, AVIF and HEIC, JPEG XL.
+BASE64_STARTS = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A", "AAAA", "/wo", "_wo")
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]{1,9})://", re.IGNORECASE)
 _PACKED = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 
@@ -167,7 +167,7 @@ def _from_base64(text: str) -> Found:
 
 
 def _begins_as_image(text: str) -> bool:
-    head = text[:32]
+    head = "".join(text[:96].split())[:88]  # of 66 bytes: as many as the formats are told by
     try:
         return _PACKED.fullmatch(head) is not None and image_extension(_unpacked(head)) is not None
     except ValueError:

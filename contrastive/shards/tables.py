@@ -253,11 +253,13 @@ class TableSource(Source):
     # ---- rows with the same image
 
     def _grouping(self) -> bool:
-        return self.group is True or (self.group is None and self._has_paths())
+        if self.group is None:
+            return self._has_paths() and len(self._text_columns()) > 1  # else there is nothing to join
+        return self.group
 
     def _text_columns(self) -> list[str]:
         wanted = (self.image_column, self.caption_column, self.label_column, "captions")
-        return [column for column in dict.fromkeys(wanted) if column is not None]
+        return [column for column in dict.fromkeys(wanted) if column in self.columns]
 
     def _read_layout(self) -> Layout:
         self._lists = 0

@@ -35,7 +35,7 @@ def test_a_table_is_sharded_and_summed_up(tmp_path: Path, capsys: pytest.Capture
     printed = capsys.readouterr().out
     assert "2 pairs in 1 shards" in printed
     assert "skipped: 1 (no caption)" in printed
-    assert "skipped: 1 (no image)" in printed
+    assert "skipped: 1 (no such file)" in printed
     assert "occurred before: 1 (50.0%)" in printed
 
 
