@@ -38,7 +38,8 @@ def test_labels_come_from_the_source(model, labelled):
 def test_batch_size_and_workers_change_nothing(model, labelled):
     expected = embed(model, labelled, features="tower").image
     for options in ({"batch_size": 5}, {"workers": 2, "batch_size": 7}):
-        np.testing.assert_array_equal(embed(model, labelled, features="tower", **options).image, expected)
+        # a batch of another size may be summed in another order
+        np.testing.assert_allclose(embed(model, labelled, features="tower", **options).image, expected, atol=1e-6)
 
 
 def test_unreadable_images_are_left_out_and_counted(model, pairs):

@@ -32,7 +32,8 @@ def oracle(temperature, k):
 def test_the_test_accuracy_is_scikit_learns(k, temperature):
     train, target, test, test_target = data()
     found = knn_sweep(train, target, test, test_target, ks=[k], temperatures=[temperature])
-    assert found["top1"]["value"] == oracle(temperature, k).fit(train, target).score(test, test_target)
+    expected = oracle(temperature, k).fit(train, target).score(test, test_target)
+    assert found["top1"]["value"] == pytest.approx(expected)
 
 
 def test_the_grid_is_leave_one_out_on_the_validation_part():
@@ -67,16 +68,18 @@ def test_neighbours_over_blocks_are_those_of_a_whole_sort(monkeypatch):
     similarity, index = neighbours(train, query, 50, itself)
     whole = query @ train.T
     whole[torch.arange(80), itself] = -torch.inf
-    values, order = whole.sort(dim=1, descending=True)
-    torch.testing.assert_close(similarity, values[:, :50])
-    assert torch.equal(index, order[:, :50])
+    values = whole.sort(dim=1, descending=True).values[:, :50]
+    torch.testing.assert_close(similarity, values)
+    # products of blocks round otherwise: two keys as similar as that may change places
+    torch.testing.assert_close(whole.gather(1, index), values)
+    assert all(len(set(row)) == 50 for row in index.tolist())
 
 
 def test_a_sharp_temperature_does_not_overflow():
     train, target, test, test_target = data()
     found = knn_sweep(train, target, test, test_target, ks=[50], temperatures=[1e-4])
     nearest = KNeighborsClassifier(1, metric="cosine", algorithm="brute").fit(train, target)
-    assert found["top1"]["value"] == nearest.score(test, test_target)
+    assert found["top1"]["value"] == pytest.approx(nearest.score(test, test_target))
 
 
 def test_a_k_beyond_the_training_images_is_left_out():

@@ -138,4 +138,5 @@ def test_labels_never_leak_from_the_test_set_into_the_choice_of_strength(model, 
     with_test = probe_with_controls(model, labelled, tmp_path / "test").probe
     without = probe_with_controls(model, labelled, None).probe
     assert with_test.C_ == without.C_
-    np.testing.assert_array_equal(with_test.coef_, without.coef_)
+    # the same solver on the same rows, which may lie otherwise in memory: it stops within its tolerance
+    np.testing.assert_allclose(with_test.coef_, without.coef_, rtol=1e-3, atol=1e-6)

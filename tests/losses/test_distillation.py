@@ -27,7 +27,7 @@ def test_gradient_is_zero_where_the_student_is_the_teacher(engine: dict) -> None
     teacher = {"teacher_image": leaves[0], "teacher_text": leaves[1]}
     same = distillation(*leaves, **teacher, teacher_scale=SCALE, **engine)["loss"]
     other = distillation(*leaves, **teacher, teacher_scale=2 * SCALE, **engine)["loss"]
-    assert all(grad.abs().max() < 1e-14 for grad in gradients(same, *leaves))
+    assert all(grad.abs().max() < 1e-12 for grad in gradients(same, *leaves))
     assert gradients(other, *leaves)[0].abs().max() > 1e-3
 
 

@@ -83,7 +83,7 @@ def test_a_tower_of_any_size_is_the_plain_one_at_its_own():
     assert plain.description() == flexible.description()
     flexible.load_state_dict(plain.state_dict())
     pixels = torch.randn(3, 3, 32, 32)
-    assert torch.equal(plain.features(pixels), flexible.features(pixels))
+    torch.testing.assert_close(flexible.features(pixels), plain.features(pixels))  # two paths of timm's: rounding
 
 
 def test_a_size_that_patches_do_not_divide_is_refused(open_clip_vit):
@@ -137,9 +137,9 @@ def test_a_share_of_the_patches_is_left_out_in_training_only(open_clip_vit, kind
     assert torch.equal(still_whole, whole)
     assert masked.shape[1] == kept + prefix
     if prefix:
-        assert torch.equal(masked[:, 0], whole[:, 0])
+        torch.testing.assert_close(masked[:, 0], whole[:, 0])  # training takes other paths than evaluation: rounding
     for few, all_of_them in zip(masked, whole, strict=True):  # each is one of the image's own, none twice
-        places = (few[:, None] == all_of_them[None]).all(-1).nonzero()[:, 1].tolist()
+        places = few[:, None].isclose(all_of_them[None], atol=1e-5).all(-1).nonzero()[:, 1].tolist()
         assert len(places) == len(set(places)) == kept + prefix
 
 

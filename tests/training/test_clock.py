@@ -227,7 +227,7 @@ def averaged(rank: int, world: int, timed: bool) -> tuple[list[torch.Tensor], di
 def test_what_backward_does_not_hide_of_the_averaging_is_communication_and_the_average_is_ddps():
     (gradients, first), (_, last) = run_ranks(2, averaged, True)
     (expected, without), _ = run_ranks(2, averaged, False)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    torch.testing.assert_close(gradients, expected)  # a hook's own average beside DDP's: rounding
     assert first["communication"] > 0.9 > 0.1 > first["backward"]
     assert last["backward"] > 0.9
     assert without["communication"] == 0.0  # it would be taken for backward
