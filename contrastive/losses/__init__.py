@@ -10,7 +10,8 @@ scale, bias
     0-d tensors: the logits are `scale * similarity + bias`. A loss that does not depend on one of them still
     keeps it in the graph, with a gradient of exactly zero, so that DDP finds every parameter used.
 ids
-    `(n,)` int64, equal where two captions (or images) are the same thing.
+    `(n,)` int64, equal where two captions (or images) are the same thing; or `(n, 2)`, the id of each row's caption
+    and that of its image. Of these, two rows are the same if they have an equal caption or an equal image.
 group
     The process group whose ranks make up the global batch; None is the default group, or one process.
 valid

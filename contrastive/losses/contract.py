@@ -55,9 +55,14 @@ def check_arguments(
         if (value is not None or name == "scale") and not (isinstance(value, Tensor) and value.numel() == 1):
             shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
             raise UserError(f"{name} {shown}: a loss takes a 0-d tensor, such as torch.tensor(10.0)")
-    for name, value, dtype in (("ids", ids, torch.int64), ("valid", valid, torch.bool)):
-        if value is not None and (value.shape != image.shape[:1] or value.dtype != dtype):
-            raise UserError(f"{name} is {value.dtype} {tuple(value.shape)}: a loss takes {dtype} ({image.shape[0]},)")
+    rows = image.shape[0]
+    if ids is not None and (ids.shape not in ((rows,), (rows, 2)) or ids.dtype != torch.int64):
+        raise UserError(
+            f"ids is {ids.dtype} {tuple(ids.shape)}: a loss takes torch.int64 ({rows},), the ids of captions, or "
+            f"({rows}, 2), those of captions and of images"
+        )
+    if valid is not None and (valid.shape != (rows,) or valid.dtype != torch.bool):
+        raise UserError(f"valid is {valid.dtype} {tuple(valid.shape)}: a loss takes torch.bool ({rows},)")
     if looks_at_values(check, image.device):
         _check_scale(scale)
         if bias is not None and not math.isfinite(float(bias.detach())):

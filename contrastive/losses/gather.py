@@ -67,6 +67,33 @@ def reduce_scatter(rows_BD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return rows_BD[rank * n : (rank + 1) * n].clone()  # a view would keep all rows
 
 
+def same_ids(ids_r: Tensor, ids_c: Tensor) -> Tensor:
+    """`(r, c)` bool: the row and the column are the same thing.
+
+    ids_r, ids_c: int64 `(r,)` and `(c,)`, equal where two are the same; or `(r, 2)` and `(c, 2)`, the ids of captions
+        and of images, where two are the same if the caption is equal or the image is. That is no equivalence: of three
+        pairs the first two may share a caption and the last two an image.
+    """
+    if ids_r.ndim == 1:
+        return ids_r[:, None] == ids_c[None, :]
+    same_rc = ids_r[:, None, 0] == ids_c[None, :, 0]
+    return same_rc.logical_or_(ids_r[:, None, 1] == ids_c[None, :, 1])
+
+
+def _count_same(ids_B: Tensor, counted_B: Tensor) -> Tensor:
+    """`(B,)` int64: how many counted rows are the same thing as each, itself among them. counted_B: int64, 0 or 1."""
+
+    def equal(ids_B: Tensor) -> tuple[Tensor, Tensor]:
+        _, which_B = ids_B.unique(return_inverse=True)
+        return which_B, torch.zeros_like(which_B).index_add_(0, which_B, counted_B)[which_B]
+
+    if ids_B.ndim == 1:
+        return equal(ids_B)[1]
+    (caption_B, captions_B), (image_B, images_B) = equal(ids_B[:, 0]), equal(ids_B[:, 1])
+    # those with the caption and those with the image, but those with both once
+    return captions_B + images_B - equal(caption_B * len(ids_B) + image_B)[1]
+
+
 @dataclass(frozen=True)
 class GlobalBatch:
     """What a loss needs to know of the global batch. On one process the `_B` tensors are the local ones."""
@@ -75,7 +102,7 @@ class GlobalBatch:
     text_nD: Tensor
     scale: Tensor  # in the precision of the features
     bias: Tensor | None
-    ids_n: Tensor | None
+    ids_n: Tensor | None  # (n,) or (n, 2), see `same_ids`
     ids_B: Tensor | None
     valid_n: Tensor | None  # None: every row of every rank is valid
     valid_B: Tensor | None
@@ -114,10 +141,9 @@ class GlobalBatch:
         return similarity_image_nB, similarity_image_nB.T if self.world == 1 else self.text_nD @ image_BD.T
 
     def same_id(self) -> Tensor:
-        """`(n, B)` bool: another row with the id of this one. The row itself is not counted."""
+        """`(n, B)` bool: another row that is the same thing, see `same_ids`. The row itself is not counted."""
         assert self.ids_n is not None and self.ids_B is not None
-        same_nB = self.ids_n[:, None] == self.ids_B[None, :]
-        return same_nB.scatter_(1, self.own[:, None], False)
+        return same_ids(self.ids_n, self.ids_B).scatter_(1, self.own[:, None], False)
 
     def negatives(self, *, leave_out_same: bool) -> Tensor:
         """`(B,)` int64: how many valid rows are another thing than this one; 0 for a row that is not valid."""
@@ -127,8 +153,7 @@ class GlobalBatch:
         alike = valid.to(torch.int64)
         if leave_out_same:
             assert self.ids_B is not None
-            _, which_B = self.ids_B.unique(return_inverse=True)
-            alike = torch.zeros_like(which_B).index_add_(0, which_B, alike)[which_B]
+            alike = _count_same(self.ids_B, alike)
         return (valid.sum() - alike) * valid
 
     @property
@@ -217,11 +242,13 @@ def global_batch(
     rank, ids_all, valid_all = 0, ids, valid
     if world > 1:
         rank = dist.get_rank(group)
-        extra = [x.to(torch.int64) for x in (ids, valid) if x is not None]
+        extra = [x.to(torch.int64).reshape(len(image), -1) for x in (ids, valid) if x is not None]
         if extra:
-            columns = list(all_gather(torch.stack(extra, dim=1), group).unbind(dim=1))
-            ids_all = columns.pop(0) if ids is not None else None
-            valid_all = columns.pop(0).bool() if valid is not None else None
+            columns = all_gather(torch.cat(extra, dim=1), group)
+            if ids is not None:
+                ids_all = columns[:, 0] if ids.ndim == 1 else columns[:, : ids.shape[1]]
+            if valid is not None:
+                valid_all = columns[:, -1].bool()
     if valid_all is not None and valid_all.device.type == "cpu" and bool(valid_all.all()):
         valid = valid_all = None  # nothing to leave out: the shorter way
     if valid is not None:  # whatever stands there, NaN too, must not reach a product
@@ -269,7 +296,8 @@ def _agree(
     rows, width = image.shape if image.ndim == 2 else (0, 0)
     double = torch.float64 in (image.dtype, getattr(text, "dtype", None))
     size = float(scale.detach()) if isinstance(scale, Tensor) and scale.numel() == 1 else 0.0
-    own = [rows, width, double, ids is not None, valid is not None, refusal is not None, size]
+    id_columns = 0 if ids is None else getattr(ids, "ndim", 1)
+    own = [rows, width, double, id_columns, valid is not None, refusal is not None, size]
     notes = all_gather(torch.tensor([own], dtype=torch.float64, device=image.device), group)
     sizes, widths, doubles, with_ids, with_valid, refused = notes[:, :-1].long().T.tolist()
     scales = notes[:, -1].tolist()
@@ -288,6 +316,10 @@ def _agree(
     if len(set(scales)) > 1:
         raise UserError(f"scales of {scales} on the ranks: the logit scale must be the same on all")
     for name, given in (("ids", with_ids), ("valid", with_valid)):
+        if name == "ids" and set(given) == {1, 2}:
+            raise UserError(
+                f"`ids` of {given} columns on the ranks: give (n,), or captions and images (n, 2), on all of them"
+            )
         if len(set(given)) > 1:
             ranks = [rank for rank, has in enumerate(given) if has]
             raise UserError(

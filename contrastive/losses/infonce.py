@@ -37,11 +37,14 @@ def infonce(
     scale and s the similarities. (Printed without exp and t in some lecture notes: that form is a slip.)
     A bias common to all logits cancels out; its gradient is zero.
 
-    same_caption says what two rows with equal `ids` are to one another:
+    same_caption says what two rows with equal `ids` (an equal caption or image, see `contrastive.losses`) are to one
+    another:
       "negative": pushed apart like any two rows. Without `ids` this is the only choice;
           it equals `open_clip.ClipLoss` (on several ranks with `local_loss` and `gather_with_grad`).
       "ignore": left out of each other's denominators. The best choice where captions repeat.
-      "positive": the target is uniform over all rows of the same id, as in supervised contrastive learning.
+      "positive": the target of a row is uniform over itself and all rows that are the same, as in supervised
+          contrastive learning. Under ids of two columns rows may have different numbers of them; each row's target
+          sums to 1.
     label_smoothing: this share of the target is spread evenly over all columns that take part in the row.
 
     Returns "loss" and "accuracy" (the share of images more similar to their caption than to any other; captions that
@@ -123,7 +126,6 @@ class InfoNCEKernel(SoftmaxKernel):
             return
         self.target_n, self.target_B = torch.zeros_like(self.own_n), batch.scale.new_zeros(batch.size)
         # What the target gives one positive, and one column that takes part, for each anchor of the global batch.
-        # Rows of equal ids have equally many, so that a positive weighs the same for its row and its column.
         counted_B = self.counted_B.to(self.target_B.dtype)
         positives_B = torch.ones_like(counted_B)
         if self.positives:
@@ -131,6 +133,9 @@ class InfoNCEKernel(SoftmaxKernel):
         parts_B = 1 + batch.negatives(leave_out_same=self.leave_out_same)
         self.positive_weight_B = counted_B * (1 - label_smoothing) / positives_B
         self.part_weight_B = counted_B * label_smoothing / parts_B
+        # Rows of equal ids have equally many positives, so that one weighs the same for its row and its column. Rows
+        # with an equal caption or an equal image need not.
+        self.both_alike = not self.positives or batch.ids_n is None or batch.ids_n.ndim == 1
 
     def observe(self, x_rc: Tensor, fixed_rc: Tensor | None, tile: Tile) -> None:
         if self.spread:
@@ -151,9 +156,14 @@ class InfoNCEKernel(SoftmaxKernel):
         if self.positives:
             positive_rc += self.same(tile)
         tile.own(positive_rc)[0].fill_(1)
-        positive_rc *= part_rc * self.positive_weight_B[rows, None]
-        row_rc = positive_rc + part_rc * self.part_weight_B[rows, None]
-        return row_rc, positive_rc + part_rc * self.part_weight_B[None, tile.columns]
+        if self.both_alike:
+            row_rc = column_rc = positive_rc.mul_(part_rc * self.positive_weight_B[rows, None])
+        else:
+            positive_rc *= part_rc
+            row_rc = positive_rc * self.positive_weight_B[rows, None]
+            column_rc = positive_rc.mul_(self.positive_weight_B[None, tile.columns])
+        row_rc = row_rc + part_rc * self.part_weight_B[rows, None]
+        return row_rc, column_rc + part_rc * self.part_weight_B[None, tile.columns]
 
     def settle(self) -> bool:
         if self.spread:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from contrastive.errors import UserError
 from contrastive.losses.exchange import Block, open_exchange
-from contrastive.losses.gather import GlobalBatch
+from contrastive.losses.gather import GlobalBatch, same_ids
 
 # Sides that were fastest here: a float32 tile of 4 MB stays in a CPU's cache. (512 to 2048 are within 3 %.)
 AUTO_TILE = {"cpu": 1024}
@@ -62,8 +62,8 @@ class Kernel:
     """What one loss does with a tile of logits. All arithmetic of a subclass is in place on the tile.
 
     Args:
-        leave_out_same: rows of equal id are nothing to one another.
-        positives: rows of equal id are right for one another.
+        leave_out_same: rows that are the same thing (`same_ids`) are nothing to one another.
+        positives: rows that are the same thing are right for one another.
     """
 
     sweeps = 2
@@ -109,9 +109,9 @@ class Kernel:
     # ---- what subclasses share
 
     def same(self, tile: Tile) -> Tensor:
-        """`(r, c)` bool: another row with the same id."""
+        """`(r, c)` bool: another row that is the same thing, see `same_ids`."""
         assert self.batch.ids_n is not None and self.batch.ids_B is not None
-        same_rc = self.batch.ids_n[tile.rows, None] == self.batch.ids_B[None, tile.columns]
+        same_rc = same_ids(self.batch.ids_n[tile.rows], self.batch.ids_B[tile.columns])
         own, _ = tile.own(same_rc)
         own.fill_(False)
         return same_rc

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from contrastive.losses.gather import same_ids
+
 ROWS = 64  # that go through the towers at once
 
 
@@ -45,7 +47,7 @@ def _infonce(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
     The loss is `contrastive.losses.infonce` with ``same_caption="ignore"``, which would be over all ranks.
     """
-    same = (ids[:, None] == ids[None, :]).fill_diagonal_(False)
+    same = same_ids(ids, ids).fill_diagonal_(False)
     logits = logits.masked_fill(same, -torch.inf)
     own = torch.arange(len(ids), device=ids.device)
     both = [logits, logits.T]

@@ -1,8 +1,8 @@
 """Oracles in float64, written from the formulas and not from our code: loops over pairs, and the same on matrices.
 
-An oracle takes `(image, text, scale, bias, ids, **options)` of the whole batch on one process. It knows nothing of rows
-that are not valid: it is given the others alone. The loops serve small batches; the matrices serve large ones, and
-test_dense.py holds them to the loops.
+An oracle takes `(image, text, scale, bias, ids, **options)` of the whole batch on one process, ids `(n,)` or `(n, 2)`.
+It knows nothing of rows that are not valid: it is given the others alone. The loops serve small batches; the matrices
+serve large ones, and test_dense.py holds them to the loops.
 """
 
 import math
@@ -24,7 +24,7 @@ def infonce_loops(
     for queries, keys in ((image, text), (text, image)):
         for i in rows:
             columns = [i, *_negatives(i, ids, same_caption)]
-            positives = [j for j in rows if ids[i] == ids[j]] if same_caption == "positive" else [i]
+            positives = [j for j in rows if _same(ids, i, j)] if same_caption == "positive" else [i]
             exps = {j: torch.exp(scale * queries[i].dot(keys[j])) for j in columns}
             denominator = sum(exps.values())
             for j in columns:
@@ -53,7 +53,7 @@ def siglip_loops(
     total = image.new_zeros(())
     for i in range(len(image)):
         for j in range(len(text)):
-            same = i != j and bool(ids[i] == ids[j])
+            same = i != j and _same(ids, i, j)
             if same and same_caption == "ignore":
                 continue
             z = 1 if i == j or (same and same_caption == "positive") else -1
@@ -141,15 +141,20 @@ def accuracy_loops(image: Tensor, text: Tensor, ids: Tensor, same_caption: str =
     """The share of images strictly more similar to their caption than to any that is another thing."""
     right, image, text = 0, image.detach(), text.detach()
     for i in range(len(image)):
-        same = [j for j in range(len(image)) if j == i or (same_caption == "positive" and ids[i] == ids[j])]
+        same = [j for j in range(len(image)) if j == i or (same_caption == "positive" and _same(ids, i, j))]
         others = [j for j in _negatives(i, ids, same_caption) if j not in same]
         best = max(float(image[i].dot(text[j])) for j in same)
         right += all(best > float(image[i].dot(text[j])) for j in others)
     return right / max(len(image), 1)
 
 
+def _same(ids: Tensor, i: int, j: int) -> bool:
+    """An equal id; of ids `(n, 2)`, an equal caption or an equal image."""
+    return bool((ids[i] == ids[j]).any())
+
+
 def _negatives(i: int, ids: Tensor, same_caption: str) -> list[int]:
-    return [j for j in range(len(ids)) if j != i and not (same_caption == "ignore" and ids[i] == ids[j])]
+    return [j for j in range(len(ids)) if j != i and not (same_caption == "ignore" and _same(ids, i, j))]
 
 
 # ---- the same on B x B matrices
@@ -159,7 +164,7 @@ def infonce_matrix(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, ids: Tensor,
     same_caption: str = "negative", label_smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    same, own = ids[:, None] == ids[None, :], torch.eye(len(ids), dtype=torch.bool)
+    same, own = _same_matrix(ids), torch.eye(len(ids), dtype=torch.bool)
     part = ~same | own if same_caption == "ignore" else torch.ones_like(own)
     positive = same if same_caption == "positive" else own
     shares = [x.to(image.dtype) / x.sum(1, keepdim=True) for x in (positive, part)]
@@ -185,7 +190,7 @@ def dcl_matrix(
 def siglip_matrix(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ids: Tensor, same_caption: str = "negative"
 ) -> Tensor:
-    same, own = ids[:, None] == ids[None, :], torch.eye(len(ids), dtype=torch.bool)
+    same, own = _same_matrix(ids), torch.eye(len(ids), dtype=torch.bool)
     z = torch.where(same if same_caption == "positive" else own, 1.0, -1.0)
     terms = -F.logsigmoid(z * (scale * image @ text.T + bias))
     return terms[~same | own if same_caption == "ignore" else torch.ones_like(own)].sum() / len(ids)
@@ -274,9 +279,14 @@ def distillation_matrix(
     return sum(F.cross_entropy(ours, theirs.softmax(1)) for ours, theirs in ways) / 2
 
 
+def _same_matrix(ids: Tensor) -> Tensor:
+    ids = ids.reshape(len(ids), -1)
+    return (ids[:, None] == ids[None, :]).any(dim=2)
+
+
 def _negative_matrix(ids: Tensor, same_caption: str) -> Tensor:
     own = torch.eye(len(ids), dtype=torch.bool)
-    return ~(ids[:, None] == ids[None, :]) if same_caption == "ignore" else ~own
+    return ~_same_matrix(ids) if same_caption == "ignore" else ~own
 
 
 # ---- batches and comparisons

@@ -55,11 +55,14 @@ def global_batch(rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
     image = torch.randn(rows, 5, generator=generator, dtype=torch.float64)
     # 200 captions among 300 pairs: some are there twice and more, on one rank and on several
     ids = torch.randint(0, 200, (rows,), generator=generator)
+    # and as many images, shared by other rows
+    images = torch.randint(0, 200, (rows,), generator=torch.Generator().manual_seed(SEED + 1))
     # uneven: of four ranks the first has no row that is valid, the second 10, the last all
     valid = torch.arange(rows) >= rows // 4
     valid &= ~((torch.arange(rows) >= rows // 4 + 10) & (torch.arange(rows) < rows // 2))
     text = torch.cat([image, image[:, :2]], dim=1) + torch.randn(rows, 7, generator=generator, dtype=torch.float64)
-    return {"image": image.to(dtype), "text": text.to(dtype), "ids": ids, "valid": valid}
+    both = torch.stack([ids, images], dim=1)
+    return {"image": image.to(dtype), "text": text.to(dtype), "ids": ids, "both": both, "valid": valid}
 
 
 def results(model: nn.Module, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,6 +91,11 @@ def chunked_step(model: nn.Module, loss: Any, image: Tensor, text: Tensor, **ext
     return results(model, cached_backward(model, image, text, of_output, chunk=-(-len(image) // 3)))
 
 
+def ids_and_valid(batch: dict[str, Tensor], uneven: bool) -> dict[str, Tensor]:
+    """Even: ids of captions. Uneven: rows that are not valid, and ids of captions and images."""
+    return {"ids": batch["both"], "valid": batch["valid"]} if uneven else {"ids": batch["ids"]}
+
+
 def all_cases(rank: int, world: int, dtype: torch.dtype) -> dict[tuple, dict[str, Tensor]]:
     """Every loss on this rank's slice in every way; all in one go because starting ranks takes seconds."""
     found = {}
@@ -100,7 +108,7 @@ def all_cases(rank: int, world: int, dtype: torch.dtype) -> dict[tuple, dict[str
         further = variant.options | of_rows(here, extras(variant, rows))
         for (tile, exchange), uneven in product(ENGINES if variant.tiled else ENGINES[:1], (False, True)):
             engine = {"tile": tile, "exchange": exchange} if variant.tiled else {}
-            extra = further | engine | {"ids": batch["ids"]} | ({"valid": batch["valid"]} if uneven else {})
+            extra = further | engine | ids_and_valid(batch, uneven)
             arguments = variant.function, batch["image"], batch["text"]
             found[name, uneven, tile, exchange, "whole"] = step(model, *arguments, **extra)
             if uneven:  # the harder half; the other would add a quarter to the time
@@ -117,6 +125,7 @@ def oracle_arguments(name: str, rows: int, uneven: bool) -> tuple[dict[str, Tens
     """The valid rows of the global batch in float64, and what the oracle wants beside them."""
     batch = global_batch(rows, torch.float64)
     keep = batch["valid"] if uneven else torch.ones(rows, dtype=torch.bool)
+    batch["ids"] = ids_and_valid(batch, uneven)["ids"]
     return of_rows(keep, batch), VARIANTS[name].options | of_rows(keep, extras(VARIANTS[name], rows))
 
 
@@ -356,6 +365,7 @@ def wrong_on_rank_1(rank: int, world: int) -> dict[str, str]:
         "norms": {"image": 2 * eye},
         "ids of another type": {"ids": ids.float()},
         "no ids": {"ids": None},
+        "ids of images too": {"ids": torch.stack([ids, ids], dim=1)},
         "no valid": {"valid": None},
         "width": {"image": torch.eye(3, 4), "text": torch.eye(3, 4)},
         "precision": {"image": eye.double()},
@@ -403,6 +413,7 @@ def test_what_one_rank_refuses_ends_all_ranks_alike_with_the_reason_where_it_is_
     assert second["the teacher's"].startswith("teacher_text features: row 0 has norm 2")
     for told in (first, second):
         assert told["no ids"].startswith("`ids` is given on ranks [0] of 2 alone")
+        assert told["ids of images too"].startswith("`ids` of [1, 2] columns on the ranks")
         assert told["no valid"].startswith("`valid` is given on ranks [0] of 2 alone")
         assert (
             told["width"]

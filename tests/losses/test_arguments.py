@@ -44,6 +44,7 @@ NAN = torch.eye(4, 5).index_fill(0, torch.tensor([3]), float("nan"))
         ({"bias": torch.ones(4)}, r"bias of shape \(4,\): a loss takes a 0-d tensor"),
         ({"ids": torch.arange(3)}, r"ids is torch.int64 \(3,\): a loss takes torch.int64 \(4,\)"),
         ({"ids": torch.zeros(4)}, r"ids is torch.float32 \(4,\): a loss takes torch.int64"),
+        ({"ids": torch.zeros(4, 3, dtype=torch.int64)}, r"ids is torch.int64 \(4, 3\): .*\(4, 2\), those of captions"),
         ({"valid": torch.ones(4, dtype=torch.int64)}, "valid is torch.int64.*a loss takes torch.bool"),
         ({"image": torch.eye(4, 5).numpy()}, "image is a ndarray: a loss takes tensors; pass torch.as_tensor"),
         ({"text": torch.eye(4, 5).numpy()}, "text is a ndarray: a loss takes tensors"),

@@ -45,17 +45,21 @@ def test_infinities_and_nan_stay_what_they_are(compiled: None) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("tile", [16, "auto"])
+@pytest.mark.parametrize(("tile", "images"), [(16, False), ("auto", False), (16, True)])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize(
     "name", [name for name in TILED if "infonce" in name or name in ("dcl", "dcl ignore", "sogclr")]
 )
-def test_gradients_equal_those_of_float64_loops(name: str, scale: float, tile: int | str, compiled: None) -> None:
+def test_gradients_equal_those_of_float64_loops(
+    name: str, scale: float, tile: int | str, images: bool, compiled: None
+) -> None:
     variant = TILED[name]
     leaves = *features(1, 41, 24, torch.float32), scalar(scale, torch.float32), scalar(-3.0, torch.float32)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     further = variant.options | extras(variant, 41)
     valid, ids = torch.arange(41) % 5 != 2, ids_of(41)
+    if images:  # which are equal for other rows than captions are
+        ids = torch.stack([ids, torch.arange(41) // 3], dim=1)
     loss = variant.function(*leaves, ids=ids, valid=valid, tile=tile, **further)["loss"]
     kept = of_rows(valid, further)
     oracle = variant.loops(exact[0][valid], exact[1][valid], *exact[2:], ids[valid], **kept)
