@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install towers pretrain test test-all test-lowest check bench clean
+.PHONY: help install towers pretrain test test-all test-cpus test-lowest check bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,16 @@ test: .venv/installed-test  ## run the tests, without the slow ones
 
 test-all: .venv/installed-test  ## run all tests
 	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+# What other CPUs round otherwise: vector code of torch and of oneDNN, and the number of threads.
+FLOAT_TESTS := $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" \
+	tests/models tests/losses tests/training tests/evaluation tests/distributed
+
+test-cpus: .venv/installed-test  ## run the tests that compare floats as on other CPUs: an hour on two cores
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(FLOAT_TESTS)
+	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2 $(FLOAT_TESTS)
+	ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(FLOAT_TESTS)
+	OMP_NUM_THREADS=2 $(FLOAT_TESTS)
 
 test-lowest:  ## run the tests on the lower bounds of the dependencies, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
