@@ -58,7 +58,7 @@ class FeatureLoader:
         return Batch(
             pixels=torch.from_numpy(self.image[samples]),
             tokens=torch.from_numpy(self.text[samples]),
-            ids=torch.from_numpy(self.mixture.ids[samples]),
+            ids=torch.from_numpy(self.mixture.pair_ids(samples)),
             samples=torch.from_numpy(samples),
             valid=torch.tensor([i not in self.rejected for i in samples.tolist()]),
             keys=keys,

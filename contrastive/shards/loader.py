@@ -141,6 +141,8 @@ class Place:
             "global_batch": global_batch,
             "window": window,
         }
+        if mixture.repeats_images:  # the ids of a batch say so, which changes the loss
+            self.identity["ids"] = "captions and images"
 
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The epochs and the samples of this process at a step: two int64 (n,)."""
@@ -185,7 +187,8 @@ class _Steps:
         pixels = pixels_nhwc.numpy()
         valid = np.zeros(len(samples), bool)
         captions = [""] * len(samples)
-        ids = self.mixture.ids[samples]
+        ids = self.mixture.pair_ids(samples)
+        caption_ids = ids if ids.ndim == 1 else ids[:, 0]  # a view
         keys = [self.mixture.key(i) for i in samples.tolist()]
         rejected = []
         if self.at_once:
@@ -202,7 +205,7 @@ class _Steps:
                 rejected.append(Rejection(int(epochs[row]), self.mixture.shard_of(sample), keys[row], fault.reason))
                 continue
             if variant is not None:
-                ids[row] = caption_id(variant)
+                caption_ids[row] = caption_id(variant)
             valid[row] = True
         if self.augment is not None:
             self.recolor(pixels, self.augment, numbers)

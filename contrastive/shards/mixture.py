@@ -28,6 +28,7 @@ class Mixture:
 
     parts, offsets: the indexes, and int64 (sets + 1,).
     ids, image_ids, fingerprint, rejected: as in `ShardIndex`; the fingerprint of one set alone is its own.
+    repeats_images: some image occurs twice, in one set or in two.
     epoch_size: an epoch of the mixture, in pairs: the fewest whole blocks in which every pair of every set has come at
         least once. That is the size of a set alone. Of several, the set with the most pairs for its weight is read
         once, the others more often.
@@ -52,6 +53,9 @@ class Mixture:
         self._offsets: list[int] = self.offsets.tolist()
         self.ids: np.ndarray = np.concatenate([part.ids for part in parts])
         self.image_ids: np.ndarray = np.concatenate([part.image_ids for part in parts])
+        self.repeats_images = any(part.repeated_images for part in parts) or (
+            len(parts) > 1 and len(np.unique(self.image_ids)) < len(self.image_ids)
+        )
         self.rejected: dict[str, int] = dict(sum((Counter(part.rejected) for part in parts), Counter()))
         self.fingerprint = "+".join(
             part.fingerprint if len(parts) == 1 else f"{weight}*{part.fingerprint}"
@@ -68,6 +72,11 @@ class Mixture:
         """The number of a sample's set, and its number in there."""
         part = bisect.bisect_right(self._offsets, i) - 1
         return part, i - self._offsets[part]
+
+    def pair_ids(self, samples: np.ndarray) -> np.ndarray:
+        """The ids of `samples` that a loss takes, see `Batch`: int64 (n,), or (n, 2) where the data repeat an image."""
+        ids = self.ids[samples]
+        return np.stack([ids, self.image_ids[samples]], axis=1) if self.repeats_images else ids
 
     def key(self, i: int) -> str:
         """The sample's name; two sets may hold the same one."""

@@ -26,6 +26,8 @@ from contrastive.shards import (
 )
 from contrastive.shards.augment import DRAWS
 from contrastive.shards.decode import decode_image
+from contrastive.shards.features import FeatureLoader
+from contrastive.shards.index import caption_id
 from contrastive.shards.loader import threads_of
 from contrastive.shards.order import draws
 
@@ -78,6 +80,54 @@ def test_rows_belong_together(shards: Shards) -> None:
             assert np.array_equal(batch.pixels[row].numpy(), resize_square(decode_image(item.image), 12))
             assert batch.tokens[row].tolist() == lengths([item.captions[0]])[0].tolist()
             assert batch.ids[row] == index.ids[int(item.meta["number"])]
+
+
+def with_repeats(count: int, repeats: int) -> list[Record]:
+    """Records of which the last `repeats` have the images of the first ones, and captions of their own."""
+    items = records(count)
+    return [replace(item, image=items[(n + repeats) % count].image) if n >= count - repeats else item
+            for n, item in enumerate(items)]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("cache", [False, True])
+def test_where_an_image_occurs_twice_ids_are_of_captions_and_images(shards: Shards, cache: bool, workers: int) -> None:
+    index = shards(with_repeats(10, 1))
+    for batch in load(index, cache=cache, workers=workers):  # of those without a repeat, too
+        assert batch.ids.shape == (4, 2)
+        assert batch.ids[:, 0].tolist() == index.ids[batch.samples].tolist()
+        assert batch.ids[:, 1].tolist() == index.image_ids[batch.samples].tolist()
+
+
+def test_another_caption_of_a_sample_changes_the_id_of_its_caption_alone(shards: Shards) -> None:
+    index = shards(with_repeats(8, 2))
+    (batch,) = load(index, caption_variants=1.0, global_batch=8, steps=1)
+    assert batch.ids[:, 0].tolist() == [caption_id(f"variant {i}") for i in batch.samples.tolist()]
+    assert batch.ids[:, 1].tolist() == index.image_ids[batch.samples].tolist()
+    assert len(batch.ids[:, 1].unique()) == 6
+
+
+def test_an_image_in_two_sets_of_a_mixture_is_an_equal_one(shards: Shards) -> None:
+    first, second = shards(records(6), "a"), shards(with_repeats(9, 3)[6:], "b")
+    (batch,) = load(Mixture([first, second]), global_batch=12, steps=1)
+    assert batch.ids.shape == (12, 2) and len(batch.ids[:, 1].unique()) == 6
+    (alone,) = load(first, global_batch=6, steps=1)
+    assert alone.ids.shape == (6,)
+
+
+def test_features_in_place_of_pixels_have_the_same_ids(shards: Shards) -> None:
+    for number, repeats in enumerate((0, 2)):
+        index = shards(with_repeats(8, repeats), str(number))
+        features = np.zeros((8, 3), np.float32)
+        loader = FeatureLoader(index, features, features, {}, global_batch=4, seed=5)
+        for batch, expected in zip(loader, load(index, steps=3), strict=False):
+            assert batch.ids.tolist() == expected.ids.tolist()
+
+
+def test_a_run_whose_ids_were_of_captions_alone_is_not_gone_on_with_others(shards: Shards) -> None:
+    options: dict[str, Any] = {"tokenize": lengths, "image_size": 12, "augment": None, "global_batch": 4}
+    plain, repeated = (PairLoader(shards(with_repeats(8, n), str(n)), **options).identity for n in (0, 2))
+    assert "ids" not in plain and repeated["ids"] == "captions and images"
 
 
 def test_every_sample_comes_once_an_epoch_across_straddling_batches(shards: Shards) -> None:

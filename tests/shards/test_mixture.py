@@ -29,6 +29,7 @@ class FakeIndex:
     def __init__(self, shards: list[int], fingerprint: str = "f") -> None:
         self.shard_starts = np.cumsum([0, *shards])
         self.ids = self.image_ids = np.arange(self.shard_starts[-1])
+        self.repeated_images = 0
         self.rejected: dict[str, int] = {}
         self.fingerprint, self.folder = fingerprint, fingerprint
 

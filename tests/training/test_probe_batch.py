@@ -51,6 +51,17 @@ def test_the_loss_is_infonce_over_its_pairs_with_equal_captions_left_out(make_co
     assert found["probe/accuracy"] == pytest.approx(right / 48)
 
 
+def test_pairs_with_an_equal_image_are_left_out_as_well(make_config):
+    model, probe = probe_of(make_config(*OWN, "track.probe=24"))
+    probe.ids = torch.stack([probe.ids, torch.arange(24) // 2], dim=1)
+    found = probe(model)
+    model.eval()
+    with torch.no_grad():
+        out = model(probe.pixels, probe.tokens)
+        expected = infonce(out["image"], out["text"], out["scale"], ids=probe.ids, same_caption="ignore", tile=None)
+    assert found["probe/loss"] == pytest.approx(float(expected["loss"]), rel=1e-5)
+
+
 def test_its_pairs_depend_neither_on_the_seed_nor_on_the_batch_nor_on_augmentation(make_config):
     _, one = probe_of(make_config(*OWN, "track.probe=24"))
     _, other = probe_of(
