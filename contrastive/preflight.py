@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -13,10 +15,12 @@ from contrastive.config import Config, CustomLossConfig, DistillationConfig, dum
 from contrastive.errors import UserError
 from contrastive.evaluation import SCALARS, open_labelled, read_templates
 from contrastive.losses import CustomLoss
+from contrastive.run_folder import RunFolder
 from contrastive.shards.storage import is_remote
 from contrastive.training import list_checkpoints, newest_whole
 
 Resume = bool | Literal["if possible"]
+Result = TypeVar("Result")
 
 
 def check_same_recipe(config: Config, accelerator: Accelerator) -> None:
@@ -33,39 +37,71 @@ def check_same_recipe(config: Config, accelerator: Accelerator) -> None:
             )
 
 
-def find_start(run_dir: Path, accelerator: Accelerator, *, resume: Resume, overwrite: bool) -> Path | None:
+@contextmanager
+def only_run(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
+    """Keep other runs out of the folder, see `RunFolder.owned`; the main process holds the lock.
+
+    Raises:
+        UserError: on all processes.
+    """
+    with ExitStack() as held:
+        on_main_process(accelerator, lambda: held.enter_context(folder.owned()))
+        yield
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """What `action` returns, or raises as a UserError or OSError, on the main process: the same on all of them."""
+    outcome: list[tuple[Result | None, UserError | None]] = []
+    if accelerator.is_main_process:
+        try:
+            outcome = [(action(), None)]
+        except UserError as error:
+            outcome = [(None, error)]
+        except OSError as error:
+            outcome = [(None, UserError(f"{error.filename or 'file'}: {error.strerror or error}"))]
+    value, fault = gather_object(outcome)[0]
+    if fault is not None:
+        raise fault
+    return cast(Result, value)
+
+
+def find_start(folder: RunFolder, accelerator: Accelerator, *, resume: Resume, overwrite: bool) -> Path | None:
     """The checkpoint to go on from, None for a new run; nothing is written or deleted.
 
     The main process looks for the newest one that is whole, and the others do as it does.
     """
-    found: list[tuple[str | None, list[str], bool, bool]] = []
-    if accelerator.is_main_process:
-        folder = run_dir / "checkpoints"
-        newest, damaged = newest_whole(folder) if resume else (None, {})
-        faults = [f"{folder / name}: {fault}" for name, fault in damaged.items()]
-        started = (run_dir / "metrics.jsonl").exists() or bool(list_checkpoints(folder))
-        found = [(None if newest is None else str(newest), faults, started, bool(list_checkpoints(folder)))]
-    (whole, faults, started, saved) = gather_object(found)[0]
-    if whole is not None:
-        for fault in faults:
-            accelerator.print(f"warning: damaged checkpoint {fault}; going on from the one before, {whole}", flush=True)
-        return Path(whole)
-    if resume and faults:
-        raise UserError(
-            f"--resume: every checkpoint in {run_dir} is damaged ({'; '.join(faults)}); bring one back, or start again "
-            "with --overwrite"
-        )
-    if resume == "if possible" and not saved:
-        return None
-    if resume:
+    whole, faults = on_main_process(accelerator, lambda: _find_start(folder, resume, overwrite))
+    for fault in faults:
+        accelerator.print(f"warning: damaged checkpoint {fault}; going on from the one before, {whole}", flush=True)
+    return whole
+
+
+def _find_start(folder: RunFolder, resume: Resume, overwrite: bool) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what is wrong with newer ones."""
+    saved = bool(list_checkpoints(folder.checkpoints))
+    if not (resume and saved):  # checkpoints alone, as copied from elsewhere, can be resumed from
+        folder.check_new()
+    folder.check_names()
+    run_dir = folder.path
+    if resume and saved:
+        whole, damaged = newest_whole(folder.checkpoints)
+        faults = [f"{folder.checkpoints / name}: {fault}" for name, fault in damaged.items()]
+        if whole is None:
+            raise UserError(
+                f"--resume: every checkpoint in {run_dir} is damaged ({'; '.join(faults)}); bring one back, or start "
+                "again with --overwrite"
+            )
+        return whole, faults
+    started = folder.has_results
+    if resume is True:
         way = "start again with --overwrite" if started else "leave the option out to start"
         raise UserError(f"--resume: {run_dir} has no checkpoint to go on from; {way}")
-    if started and not overwrite:
+    if started and not resume and not overwrite:
         raise UserError(
             f"run.dir: {run_dir} already holds a run; add --resume to go on, --overwrite to start again, "
             "or run.dir=ANOTHER to keep both"
         )
-    return None
+    return None, []
 
 
 def check_shards(config: Config) -> None:

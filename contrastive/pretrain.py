@@ -7,7 +7,6 @@ another room.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -55,7 +54,9 @@ from contrastive.preflight import (
     check_shards,
     find_start,
     may_exist,
+    only_run,
 )
+from contrastive.run_folder import TRACKED, RunFolder
 from contrastive.shards import Mixture, Rejected, ShardIndex, open_cache, open_index, why_not_compiled
 from contrastive.training import (
     LINE_EVERY_SECONDS,
@@ -69,13 +70,6 @@ from contrastive.training import (
     exit_on_signal,
     read_metrics,
 )
-
-# What a run writes; `--overwrite` deletes these and nothing else.
-WRITTEN = (
-    "checkpoints", "model", "tensorboard", "config.yaml", "environment.json",
-    "stacks", "metrics.jsonl", "rejected.jsonl", "results.json", "report.html", "tokenizer.json",
-)  # fmt: skip
-
 
 STOPPED = 75  # exit code, sysexits.h EX_TEMPFAIL: stopped by a signal with a checkpoint; run again with --resume
 TASK_NAMES = {"zeroshot": "zero-shot", "probe": "probes"}  # as the seconds of each part are headed
@@ -104,11 +98,24 @@ def pretrain(
     Raises:
         UserError: anything in the recipe, the data or the run folder that the user can mend.
     """
-    run_dir = Path(config.run.dir)
+    folder = RunFolder(Path(config.run.dir))
     accelerator = build_accelerator(config)
-    # Everything that can be wrong is looked at before the first thing is written or deleted.
     check_same_recipe(config, accelerator)
-    checkpoint = find_start(run_dir, accelerator, resume=resume, overwrite=overwrite)
+    with only_run(folder, accelerator):
+        checkpoint = find_start(folder, accelerator, resume=resume, overwrite=overwrite)
+        return _run(config, accelerator, folder, checkpoint, stop_after, quiet)
+
+
+def _run(
+    config: Config,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    stop_after: int | None,
+    quiet: bool,
+) -> dict[str, Any] | None:
+    """The run itself, in a folder that is its own. checkpoint: to go on from; None starts anew."""
+    # Everything that can be wrong is looked at before the first thing is written or deleted.
     check_shards(config)
     check_labelled_sets(config)
     check_losses(config)
@@ -124,7 +131,7 @@ def pretrain(
     prints = set(gather_object([data.fingerprint]))
     if len(prints) > 1:
         raise UserError("data.train: the shards changed while the processes opened them; start again")
-    trained_tokenizer = settle_tokenizer(config, data, accelerator, run_dir if checkpoint else None)
+    trained_tokenizer = settle_tokenizer(config, data, accelerator, folder.path if checkpoint else None)
     model = build_model(config, trained_tokenizer)
     # From here on each process draws its own: dropout masks must differ between the shares of a batch.
     torch.manual_seed(config.run.seed + 1_000_003 * accelerator.process_index)
@@ -144,12 +151,11 @@ def pretrain(
     accelerator.wait_for_everyone()  # no rank writes before all have looked
     if accelerator.is_main_process:
         if checkpoint is None:
-            clear(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_yaml(config))
-        (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+            folder.clear()
+        folder.write(folder.environment, json.dumps(environment(), indent=2) + "\n")
+        folder.write(folder.config, dump_yaml(config))
         if trained_tokenizer:
-            (run_dir / "tokenizer.json").write_text(trained_tokenizer)
+            folder.write(folder.tokenizer, trained_tokenizer)
         if not quiet:
             print(summary(config, model, data, accelerator), flush=True)
             if checkpoint is not None:
@@ -158,23 +164,25 @@ def pretrain(
 
     if config.track.trackers:
         # TensorBoard makes a folder of the project's name, the others gather runs under it
-        named = {tracker: {"name": run_dir.name} for tracker in ("wandb", "trackio")}
-        accelerator.init_trackers("contrastive", init_kwargs=named)
+        named = {tracker: {"name": folder.path.name} for tracker in ("wandb", "trackio")}
+        accelerator.init_trackers(TRACKED, init_kwargs=named)
     try:
         complete = trainer.fit(checkpoint, stop_after=stop_after)
         if not accelerator.is_main_process:
             return {} if complete else None
         kept = trainer.take_final_weights()
         two_tower: TwoTower = trainer.final.eval()
-        save_model(two_tower, run_dir / "model")
+        save_model(two_tower, folder.model)
         with suppress(OSError):  # not empty: somebody's stacks
-            (run_dir / "stacks").rmdir()
+            folder.stacks.rmdir()
         if not complete:
             if not quiet:
-                print(f"stopped at step {trainer.step}; `--resume` goes on from {run_dir / 'checkpoints'}")
+                print(f"stopped at step {trainer.step}; `--resume` goes on from {folder.checkpoints}")
             return None
         with exit_on_signal(STOPPED):  # nothing is lost: a resumed run comes straight here
-            return evaluate(config, load(run_dir, device=accelerator.device), validation_index, trainer, kept, quiet)
+            return evaluate(
+                config, load(folder.path, device=accelerator.device), validation_index, trainer, kept, quiet
+            )
     finally:
         accelerator.end_training()
 
@@ -192,16 +200,6 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     finally:
         if accelerator.is_main_process:
             accelerator.wait_for_everyone()
-
-
-def clear(run_dir: Path) -> None:
-    """Delete what an earlier run wrote to the folder, and nothing else."""
-    for name in WRITTEN:
-        path = run_dir / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def settle_tokenizer(config: Config, data: Mixture, accelerator: Accelerator, kept: Path | None) -> str:
@@ -322,13 +320,13 @@ def evaluate(
 
     kept: which weights `model` has.
     """
-    run_dir = Path(config.run.dir)
-    results: dict[str, Any] = {"run": run_dir.name, "seconds": {"training": trainer.seconds}, "sets": {}}
+    folder = RunFolder(Path(config.run.dir))
+    results: dict[str, Any] = {"run": folder.path.name, "seconds": {"training": trainer.seconds}, "sets": {}}
     results["model"] = asdict(kept)
     examples: dict[str, Examples] = {}
 
     def write() -> None:
-        (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        folder.write(folder.results, json.dumps(results, indent=2) + "\n")
 
     def add(found: Evaluation) -> None:
         name = found.results["name"]
@@ -346,7 +344,7 @@ def evaluate(
         add(found)
         scalars = {f"validation/{key}": value for key, value in found.scalars().items()}
         if kept.stopped_early is None:  # else the validation that stopped it stands there already
-            append_metrics(run_dir / "metrics.jsonl", trainer.step, scalars)
+            append_metrics(folder.metrics, trainer.step, scalars)
     for labelled in config.eval.labelled:
         add(
             evaluate_labelled(
@@ -364,20 +362,20 @@ def evaluate(
     started = time.perf_counter()
     if config.eval.report:
         write_report(
-            run_dir / "report.html",
+            folder.report,
             results=results,
-            metrics=read_metrics(run_dir / "metrics.jsonl"),
+            metrics=read_metrics(folder.metrics),
             examples=examples,
-            config=(run_dir / "config.yaml").read_text(),
-            environment=json.loads((run_dir / "environment.json").read_text()),
+            config=folder.config.read_text(),
+            environment=json.loads(folder.environment.read_text()),
         )
         results["seconds"]["report"] = time.perf_counter() - started
     write()
     if not quiet:
         print(format_results_table(results))
-        print(f"model   {run_dir / 'model'} ({kept})   results {run_dir / 'results.json'}")
+        print(f"model   {folder.model} ({kept})   results {folder.results}")
         if config.eval.report:
-            print(f"report  {run_dir / 'report.html'}")
+            print(f"report  {folder.report}")
     return results
 
 

@@ -29,6 +29,7 @@ from contrastive.models import (
     TwoTower,
     describe,
 )
+from contrastive.run_folder import RunFolder
 from contrastive.shards import FeatureLoader, Mixture, PairLoader, ShardIndex
 from contrastive.training import (
     EarlyStop,
@@ -71,13 +72,14 @@ def build_accelerator(config: Config) -> Accelerator:
         torch.set_num_threads(config.train.threads)
     if on_cpu:
         keep_freed_memory()
+    tensorboard = RunFolder(Path(config.run.dir)).tensorboard
     try:
         accelerator = Accelerator(
             # Without this, accelerate takes the ranks of a launcher on a machine without GPUs for lone processes.
             cpu=on_cpu,
             mixed_precision="no" if precision == "fp32" else precision,
             log_with=list(config.track.trackers) or None,
-            project_config=ProjectConfiguration(config.run.dir, logging_dir=str(Path(config.run.dir) / "tensorboard")),
+            project_config=ProjectConfiguration(config.run.dir, logging_dir=str(tensorboard)),
             # Gradients live in DDP's buckets, so that averaging copies nothing.
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -174,7 +176,7 @@ def build_trainer(
             config.data.max_skip_rate,
             data.epoch_size,
             batch,
-            Path(config.run.dir) / "rejected.jsonl" if accelerator.is_main_process else None,
+            RunFolder(Path(config.run.dir)).rejected if accelerator.is_main_process else None,
         ),
         run_dir=Path(config.run.dir),
         global_batch=batch,

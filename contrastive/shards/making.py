@@ -10,7 +10,6 @@ are the same as without the interruption.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from contrastive.errors import UserError
+from contrastive.locks import Busy, only_one
 from contrastive.shards.filters import DUPLICATES, Filters, Scorer, Transform, pair_ids, repeated, upright
 from contrastive.shards.index import PathLike
 from contrastive.shards.pools import Runner, run_here
@@ -117,7 +117,7 @@ def make_shards(
     check_free(dest, overwrite)
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(folder):
+        with _alone(folder):
             (folder / "parts").mkdir(exist_ok=True)
             for left in [*folder.glob("*.tar.*"), *folder.glob("**/*.aside-*")]:  # of a process that was killed
                 left.unlink(missing_ok=True)
@@ -342,21 +342,10 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system frees when this process ends, however it ends."""
-    busy = UserError(f"{folder}: another process is making these shards; wait for it, or stop it")
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from making the same shards."""
     try:
-        handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:  # just finished by another process, and renamed
-        raise busy from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(handle), os.stat(folder))
-        except (BlockingIOError, FileNotFoundError):
-            mine = False
-        if not mine:
-            raise busy
-        yield
-    finally:
-        os.close(handle)
+        with only_one(folder):
+            yield
+    except Busy:
+        raise UserError(f"{folder}: another process is making these shards; wait for it, or stop it") from None

@@ -18,6 +18,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import LoggerType
 
 from contrastive.errors import UserError
+from contrastive.run_folder import RunFolder
 
 
 def environment() -> dict[str, Any]:
@@ -59,7 +60,7 @@ class Tracker:
         self, accelerator: Accelerator, run_dir: Path, *, from_step: int = 0, validates_first: bool = False
     ) -> None:
         self.accelerator = accelerator
-        self.path = run_dir / "metrics.jsonl"
+        self.path = RunFolder(run_dir).metrics
         if accelerator.is_main_process:
             rows = read_metrics(self.path) if from_step else []
             kept = [row for row in rows if row["step"] <= from_step]

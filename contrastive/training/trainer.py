@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from contrastive.errors import UserError
 from contrastive.losses.waiting import watch_exchanges
+from contrastive.run_folder import RunFolder
 from contrastive.training.checkpoint import load_checkpoint, set_aside, take_snapshot
 from contrastive.training.clock import Clock, time_averaging
 from contrastive.training.curriculum import Curriculum, Settings, StagedBatches
@@ -140,7 +141,7 @@ class Trainer:
         self._loader = make_loader(0, self.curriculum.last)
         self.identity = {**identity, "loader": self._loader.identity}
         self.checkpoint_every, self.keep_best = checkpoint_every, keep_best
-        self.saver = Saver(run_dir / "checkpoints", keep=keep, keep_every=keep_every)
+        self.saver = Saver(RunFolder(run_dir).checkpoints, keep=keep, keep_every=keep_every)
         self.max_skipped, self.step_timeout = max_skipped, step_timeout
         self.validate, self.validate_every = validate, validate_every
         self.probe, self.probe_every = probe, probe_every
@@ -447,7 +448,7 @@ class Trainer:
 
     @contextmanager
     def _watchdog(self) -> Iterator[Watchdog]:
-        path = self.run_dir / "stacks" / f"rank_{self.accelerator.process_index}.txt"
+        path = RunFolder(self.run_dir).stacks / f"rank_{self.accelerator.process_index}.txt"
         watchdog = Watchdog(path, self.step_timeout)
         try:
             yield watchdog
