@@ -144,8 +144,8 @@ class RunFolder:
                 (Path(folder) / name).unlink()
             for name in inner:
                 _remove_empty(Path(folder) / name)
-        for folder in (tracked, self.tensorboard, self.stacks, self.model, self.checkpoints):
-            _remove_empty(folder)
+        for emptied in (tracked, self.tensorboard, self.stacks, self.model, self.checkpoints):
+            _remove_empty(emptied)
         for path in _children(self.path, ASIDE):
             path.unlink()
         for path, _ in self._files():

@@ -205,7 +205,8 @@ def test_a_dumped_recipe_reads_back_equal(recipe, tmp_path):
     assert load_config(path) == config
 
 
-@given(st.text(min_size=1))
+# a path takes no NUL, and ~ for a home folder
+@given(st.text(min_size=1).filter(lambda text: "\0" not in text and not text.startswith("~")))
 def test_any_text_survives_dump_and_load(tmp_path_factory, text):
     config = Config.model_validate({"data": {"train": text}, "train": {"steps": 1}})
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
@@ -254,7 +255,7 @@ SETS = (
         ("run.seed=true", "run.seed: expected a whole number (value true)"),
         ("run.seed=1.5", "run.seed: expected a whole number (value 1.5)"),
         ("checkpoint.keep=true", "checkpoint.keep: expected a whole number (value true)"),
-        ("data.train=3", f"data.train: {SETS} (value 3)"),
+        ("data.train=[3]", f"data.train: {SETS} (value [3])"),
         ("data.train=''", f'data.train: {SETS} (value "")'),
         ("data.train={}", f"data.train: {SETS} (value {{}})"),
         ("data.train={a: 1, b: 0.5}", f'data.train: {SETS} (value {{"a": 1, "b": 0.5}})'),

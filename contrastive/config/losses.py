@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PlainValidator, Tag
 from pydantic_core import PydanticCustomError
 
-from contrastive.config.block import Block, Positive, Share, kind_of
+from contrastive.config.block import Block, PathText, Positive, Share, kind_of
 
 
 def _tile(value: Any) -> int | str | None:
@@ -86,7 +86,7 @@ class DistillationConfig(TiledLossConfig):
     """The similarities should be distributed as a teacher's."""
 
     kind: Literal["distillation"] = "distillation"
-    teacher: str = Field(min_length=1, description="a run folder, a model folder or an open_clip name")
+    teacher: PathText = Field(min_length=1, description="a run folder, a model folder or an open_clip name")
     teacher_scale: Positive | None = Field(None, description="null: the teacher's own logit scale")
 
 

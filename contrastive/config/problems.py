@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from contrastive.config.block import fields_of, models_in
 from contrastive.config.losses import LIST, ONE
 from contrastive.config.recipe import Config
 
@@ -95,8 +96,8 @@ class _Place:
             if isinstance(element, int) or not models:
                 continue
             self.owner = models[0]
-            self.field = _fields(self.owner).get(element)
-            models = _models_in(self.field.annotation) if self.field else []
+            self.field = fields_of(self.owner).get(element)
+            models = models_in(self.field.annotation) if self.field else []
 
     @property
     def path(self) -> str:
@@ -142,7 +143,7 @@ def _describe(found: Any, place: _Place) -> tuple[str, list[str]]:
 def _nearest_key(place: _Place) -> tuple[str, str | None]:
     """A hint for an unknown key, and the path that was probably meant."""
     assert place.owner is not None
-    key, valid = str(place.keys[-1]), list(_fields(place.owner))
+    key, valid = str(place.keys[-1]), list(fields_of(place.owner))
     if key in _ELSEWHERE:
         return _ELSEWHERE[key], None
     close = difflib.get_close_matches(key, valid, n=1)
@@ -161,9 +162,9 @@ def _all_keys(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str |
     """Every path of a recipe, in every kind of every block, with the kind of its block."""
     kind = model.model_fields["kind"].default if "kind" in model.model_fields else None
     found: list[tuple[str, str | None]] = []
-    for name, field in _fields(model).items():
+    for name, field in fields_of(model).items():
         found.append((prefix + name, kind))
-        for inner in _models_in(field.annotation):
+        for inner in models_in(field.annotation):
             found += _all_keys(inner, f"{prefix}{name}.")
     return found
 
@@ -171,17 +172,6 @@ def _all_keys(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str |
 def _did_you_mean(given: str, valid: list[str]) -> str | None:
     close = difflib.get_close_matches(given, valid, n=1)
     return f"Did you mean '{close[0]}'?" if close else None
-
-
-def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    return {field.alias or name: field for name, field in model.model_fields.items()}
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    parts = get_args(annotation)  # first: to Python 3.10, `tuple[int, ...]` is an instance of `type`
-    if not parts and isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return list(dict.fromkeys(model for part in parts for model in _models_in(part)))
 
 
 def _related(a: str, b: str) -> bool:

@@ -11,6 +11,7 @@ import yaml
 
 from contrastive.config.block import DEFAULT_KINDS
 from contrastive.config.combinations import LENGTHS
+from contrastive.config.overrides import override_value
 from contrastive.config.problems import check
 from contrastive.config.recipe import Config
 from contrastive.config.shipped import find_recipes
@@ -73,8 +74,9 @@ for _name, (_pattern, _first) in _SCALARS.items():
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe, a file or the name of one that comes along, and apply overrides such as `optim.lr=3e-4`.
 
-    A value is read as YAML and may contain `=`. An override that chooses another `kind` of a block drops the
-    recipe's other keys of that block; one that sets a length of `train` drops the recipe's other length.
+    A value may contain `=`. Where its key takes text it is taken as it stands, else as YAML, see `override_value`.
+    A `~` at the start of a path is the home folder, here and in the file. An override that chooses another `kind` of
+    a block drops the recipe's other keys of that block; one that sets a length of `train` drops its other length.
     `run.dir` is `runs/` and the recipe's name unless it is given.
 
     Raises `UserError`: the file cannot be read (one line), or all of its problems, one line each.
@@ -154,9 +156,12 @@ def _apply(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
             problems.append(f"override '{override}': expected key.path=value, as in optim.lr=3e-4")
             continue
         try:
-            value = yaml.load(text, Loader=_Loader)
+            value = override_value(key, text, _Loader)
         except yaml.YAMLError as error:
             problems.append(f"override '{override}': the value is not YAML: {_one_line(error)}")
+            continue
+        except ValueError as error:
+            problems.append(f"override '{override}': {error}")
             continue
         values.pop(key, None)
         values[key] = value

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from contrastive.config.block import Block, Positive, Share, kind_of
+from contrastive.config.block import Block, PathText, Positive, Share, at_home, kind_of
 from contrastive.config.combinations import impossible_combinations
 from contrastive.config.curriculum import StageConfig
 from contrastive.config.losses import InfoNCEConfig, LossConfig
@@ -19,10 +19,10 @@ def _sets(value: Any) -> str | dict[str, int]:
     text = "expected a folder of shards (in quotes if it looks like something else), or several with whole numbers "
     text += "as weights, such as {data/a: 1, data/b: 3}"
     if isinstance(value, str) and value:
-        return value
+        return at_home(value)
     if isinstance(value, dict) and value and all(isinstance(folder, str) and folder for folder in value):
         if all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in value.values()):
-            return dict(value)
+            return {at_home(folder): weight for folder, weight in value.items()}
     raise PydanticCustomError("sets", "{text}", {"text": text})
 
 
@@ -42,7 +42,7 @@ Channels = Annotated[tuple[float, float, float], Field(strict=False)]
 class RunConfig(Block):
     """Where the results go, and the seed that everything random is drawn from."""
 
-    dir: str = Field("runs/unnamed", min_length=1, description="run folder (default: runs/ and the recipe's name)")
+    dir: PathText = Field("runs/unnamed", min_length=1, description="run folder (default: runs/ and the recipe's name)")
     seed: int = Field(0, ge=0, description="weights, order and augmentation are a function of it")
 
 
@@ -87,7 +87,7 @@ class TimmImageConfig(ImageTowerConfig):
     name: str = Field("resnet18", min_length=1, description="timm's name of the model")
     size: int = Field(48, ge=1, description="side of the square image, pixels")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="more keywords for timm.create_model")
-    weights: str | None = Field(None, description="a checkpoint file to start from")
+    weights: PathText | None = Field(None, description="a checkpoint file to start from")
     mean: Channels = Field((0.5, 0.5, 0.5), description="subtracted from each channel (0 to 1)")
     std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] = Field(
         (0.5, 0.5, 0.5), description="each channel is divided by it"
@@ -110,7 +110,7 @@ class HuggingFaceTextConfig(TowerConfig):
     """A text encoder from a local Hugging Face folder."""
 
     kind: Literal["huggingface"] = "huggingface"
-    path: str = Field(min_length=1, description="the local folder")
+    path: PathText = Field(min_length=1, description="the local folder")
     pool: Literal["mean", "cls"] = Field("mean", description="mean of the tokens, or the first one")
 
 
@@ -118,7 +118,7 @@ class TrainedTokenizerConfig(Block):
     """A tokenizer trained on the corpus: its table is as small as the corpus allows."""
 
     kind: Literal["trained"] = "trained"
-    path: str | None = Field(None, description="a trained tokenizer; null: train one on data.train at the start")
+    path: PathText | None = Field(None, description="a trained tokenizer; null: train one on data.train at the start")
     vocab_size: int = Field(8000, ge=16, description="rows of the embedding table, at most")
     lowercase: bool = Field(True, description="captions in lower case")
     context: int = Field(32, ge=2, description="tokens that are kept of a caption")
@@ -135,7 +135,7 @@ class HuggingFaceTokenizerConfig(Block):
     """The tokenizer of a local Hugging Face folder."""
 
     kind: Literal["huggingface"] = "huggingface"
-    path: str = Field(min_length=1, description="the local folder")
+    path: PathText = Field(min_length=1, description="the local folder")
     context: int = Field(64, ge=2, description="tokens that are kept of a caption")
 
 
@@ -175,8 +175,8 @@ class OpenClipModelConfig(Block):
     """A model of open_clip by its name, or by a JSON file in its format."""
 
     kind: Literal["open_clip"] = "open_clip"
-    name: str = Field(min_length=1, description="open_clip's name of the model, or the path of a JSON")
-    pretrained: str | None = Field(None, description="open_clip's tag of the weights, or a checkpoint file")
+    name: PathText = Field(min_length=1, description="open_clip's name of the model, or the path of a JSON")
+    pretrained: PathText | None = Field(None, description="open_clip's tag of the weights, or a checkpoint file")
     image: ImageTowerConfig = ImageTowerConfig()
     text: TowerConfig = TowerConfig()
     logit_scale: LogitScaleConfig = LogitScaleConfig()
@@ -195,7 +195,7 @@ class FolderModelConfig(Block):
     """A saved model to start from: its architecture, weights and tokenizer."""
 
     kind: Literal["folder"] = "folder"
-    path: str = Field(min_length=1, description="a run folder or a model folder")
+    path: PathText = Field(min_length=1, description="a run folder or a model folder")
     image: ImageTowerConfig = ImageTowerConfig()
     text: TowerConfig = TowerConfig()
     logit_scale: SavedScaleConfig = SavedScaleConfig()
@@ -228,7 +228,7 @@ class DataConfig(Block):
     train: Annotated[str | dict[str, int], PlainValidator(_sets)] = Field(
         description="the folder of the training shards, or several with their weights: {data/a: 1, data/b: 3}"
     )
-    validation: str | None = Field(None, description="the folder of the validation shards")
+    validation: PathText | None = Field(None, description="the folder of the validation shards")
     window: int | None = Field(
         32, ge=1, description="shards that are shuffled with each other, after the shards themselves; null: all"
     )
@@ -247,7 +247,7 @@ class DataConfig(Block):
         description="pixels: decode every image once, beside the shards (images of one size only); "
         "features: run the towers once (both locked, no augmentation)",
     )
-    features: str | None = Field(
+    features: PathText | None = Field(
         None,
         min_length=1,
         description="the folder that keeps features of teachers and of locked towers; null: features, beside run.dir",
@@ -349,10 +349,10 @@ class LabelledSetConfig(Block):
     """A labelled set for zero-shot classification and the linear probe at the end of the run."""
 
     name: str = Field(min_length=1, description="its name in the results")
-    train: str | None = Field(None, description="the training split; the probe needs it")
-    test: str = Field(min_length=1, description="the test split")
+    train: PathText | None = Field(None, description="the training split; the probe needs it")
+    test: PathText = Field(min_length=1, description="the test split")
     invert: bool = Field(False, description="invert the pixels: a white object on black becomes black on white")
-    templates: str = Field("none", min_length=1, description="a built-in set, a file of templates, or none")
+    templates: PathText = Field("none", min_length=1, description="a built-in set, a file of templates, or none")
     tasks: Annotated[tuple[Literal["zeroshot", "probe"], ...], Field(strict=False, min_length=1)] = (
         "zeroshot",
         "probe",
