@@ -23,11 +23,12 @@ LOCK = ".lock"
 LARGEST = 1 << 28  # bytes of a file that is read to see whose it is
 ASIDE = re.compile(r"\.[a-z]+\.[a-z]+\.aside")  # a file on its way to its name
 CHECKPOINT = re.compile(r"(\.partial_|\.damaged_)?step_\d+")
-CHECKPOINT_FILE = re.compile(r"(model|optimizer|loss|ema|random_\d+)\.safetensors|state\.json|manifest\.json")
+LEFT = r"\.tmp\w{6}"  # what safetensors writes before it renames it
+CHECKPOINT_FILE = re.compile(rf"(model|optimizer|loss|ema|random_\d+)\.safetensors|state\.json|manifest\.json|{LEFT}")
 BEST = re.compile(r"\.?best\.json")
 STACKS = re.compile(r"rank_\d+\.txt")
 EVENTS = re.compile(r"events\.out\.tfevents\..+")
-MODEL_FILE = re.compile(r"config\.json|model\.safetensors(\.tmp)?|tokenizer\.json")
+MODEL_FILE = re.compile(rf"config\.json|model\.safetensors(\.tmp)?|tokenizer\.json|{LEFT}")
 TRACKED = "contrastive"  # the project's name: TensorBoard makes a folder of it
 
 

@@ -159,6 +159,15 @@ def test_nothing_is_deleted_through_a_link_out_of_the_folder(name, command, run,
     assert (contents(outside) if outside.is_dir() else outside.read_bytes()) == before and inside.is_symlink()
 
 
+@pytest.mark.parametrize("option", ["--overwrite", "--resume"])
+def test_what_a_kill_left_aside_is_of_the_run(option, command, run):
+    for name in ("checkpoints/.partial_step_1/.tmpL6GwIR", "model/.tmpAbCdEf", "model/model.safetensors.tmp",
+                 ".config.yaml.aside", ".lock"):  # fmt: skip
+        write(run.path / name)
+    assert main([*command, option, "train.steps=3"]) == 0
+    assert not (run.checkpoints / ".partial_step_1").exists() and not (run.path / ".lock").exists()
+
+
 @pytest.mark.parametrize("both", [True, False])
 def test_a_run_that_failed_before_its_first_checkpoint_starts_again(both, command, corpus, tmp_path):
     folder = RunFolder(tmp_path / "run")
