@@ -6,6 +6,7 @@ import types
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
+from pydantic import BaseModel
 
 from contrastive.config.block import fields_of, models_in
 from contrastive.config.recipe import Config
@@ -41,7 +42,8 @@ def override_value(key: str, text: str, loader: Any) -> Any:
 
 def _fields_at(key: str) -> list[Any]:
     """The annotations of a key, one for each kind of its blocks; none where a recipe has no such key."""
-    models, found = [Config], []
+    models: list[type[BaseModel]] = [Config]
+    found: list[Any] = []
     for name in key.split("."):
         found = [fields_of(model)[name].annotation for model in models if name in fields_of(model)]
         models = list(dict.fromkeys(inner for annotation in found for inner in models_in(annotation)))
