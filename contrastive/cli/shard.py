@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a Ray cluster (default: RAY_ADDRESS, or this machine); its nodes must see SOURCE and DEST",
     )
 
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="decode every image now, and skip those that training could not decode",
+    )
+
     images = parser.add_argument_group("images (their bytes stay untouched unless asked)")
     images.add_argument("--resize", type=int, metavar="PX", help="shrink to this many pixels; nothing is enlarged")
     images.add_argument(
@@ -69,6 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from contrastive.errors import UserError
     from contrastive.shards import Filters, Transform, make_shards, on_processes, on_ray, open_index, open_source
+    from contrastive.shards.left_out import left_out_line
+    from contrastive.shards.remedies import hint
+    from contrastive.shards.skipped import REJECTED
+    from contrastive.shards.write import check_writable
 
     if args.ray is not None and args.workers != 1:
         raise UserError("--workers is for this machine and --ray for a cluster; give one of them")
@@ -76,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     filters = Filters(args.min_size, args.max_aspect, args.min_caption, args.max_caption, args.deduplicate)
     transform = Transform(args.resize, args.resize_mode, args.format, args.quality)
     scorer = ClipScore.parse(args.clip_score) if args.clip_score else None
+    check_writable(Path(args.dest))  # before the source is read
     source = open_source(
         args.source,
         image=args.image,
@@ -84,6 +96,9 @@ def run(args: argparse.Namespace) -> int:
         limit=args.limit,
         allow_outside=args.allow_outside,
     )
+    for line in (*source.notes, left_out_line(source.rejected)):
+        if line:
+            print(line)
     manifest = make_shards(
         source,
         args.dest,
@@ -92,16 +107,25 @@ def run(args: argparse.Namespace) -> int:
         filters=filters,
         transform=transform,
         scorer=scorer,
+        verify=args.verify,
         runner=watched(runner),
     )
     open_index(args.dest)  # reads back every header and caption, and saves the index
-    print(f"{args.dest}: {manifest.pairs:,} pairs in {len(manifest.shards):,} shards")
-    for reason, count in manifest.skipped.items():
-        hint = "; --allow-outside reads them" if reason == "path outside the table's folder" else ""
-        print(f"  skipped: {count:,} ({reason}{hint})")
+    print(f"{args.dest}: {_counted(manifest.pairs, 'pair')} in {_counted(len(manifest.shards), 'shard')}")
+    for line in manifest.notes:
+        print(f"  {line}")
+    for reason, count in (Counter(manifest.skipped) - Counter(source.rejected)).items():
+        remedy = hint(reason)
+        print(f"  skipped: {count:,} ({reason}{remedy and '; '}{remedy})")
+    if (listed := Path(args.dest) / REJECTED).exists():
+        print(f"  skipped rows are listed in {listed}")
     share = manifest.duplicate_captions / manifest.pairs
     print(f"  pairs whose caption occurred before: {manifest.duplicate_captions:,} ({share:.1%})")
     return 0
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class ClipScore:

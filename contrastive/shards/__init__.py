@@ -7,6 +7,7 @@ from contrastive.shards.compiled import compile_pixels, why_not_compiled
 from contrastive.shards.decode import decode_image, resize_square
 from contrastive.shards.features import FeatureLoader
 from contrastive.shards.filters import Filters, Transform
+from contrastive.shards.in_memory import write_shards
 from contrastive.shards.index import ShardIndex, caption_id, open_index
 from contrastive.shards.loader import PairLoader
 from contrastive.shards.making import make_shards
@@ -15,7 +16,7 @@ from contrastive.shards.pools import on_processes, on_ray
 from contrastive.shards.record import Record, Rejected, Source, image_extension
 from contrastive.shards.sources import open_source
 from contrastive.shards.tokens import TokenCache
-from contrastive.shards.write import Manifest, write_shards
+from contrastive.shards.write import Manifest
 
 __all__ = [
     "Augment",

@@ -17,6 +17,7 @@ from contrastive.images import to_rgb
 from contrastive.shards.decode import FORMATS, decode_image
 from contrastive.shards.index import caption_id
 from contrastive.shards.record import Record, Rejected, image_extension
+from contrastive.shards.skipped import Skip
 
 ENCODINGS = {"webp": "webp", "jpeg": "jpg", "png": "png"}
 
@@ -62,24 +63,25 @@ class Filters:
         if self.deduplicate not in (None, "caption", "image", "both"):
             raise UserError(f"--deduplicate {self.deduplicate}: give caption, image or both")
 
-    def reason(self, record: Record) -> str | None:
-        """Why a pair is left out, told from its text and its image's header; None where it is kept."""
+    def skip(self, record: Record) -> Skip | None:
+        """The reason why a pair is left out, found in its text and its image's header; None where it is kept."""
         length = len(record.captions[0])
         if self.min_caption is not None and length < self.min_caption:
-            return "caption too short"
+            return Skip("caption too short", f"{length:,} characters")
         if self.max_caption is not None and length > self.max_caption:
-            return "caption too long"
+            return Skip("caption too long", f"{length:,} characters")
         if self.min_size is None and self.max_aspect is None:
             return None
         assert record.image is not None
         try:
-            short, long = sorted(_header_size(record.image))
+            width, height = _header_size(record.image)
         except Rejected as rejected:
-            return rejected.reason
+            return Skip(rejected.reason)
+        short, long = sorted((width, height))
         if self.min_size is not None and short < self.min_size:
-            return "image too small"
+            return Skip("image too small", f"{width} x {height}")
         if self.max_aspect is not None and long > self.max_aspect * short:
-            return "image too elongated"
+            return Skip("image too elongated", f"{width} x {height}")
         return None
 
 

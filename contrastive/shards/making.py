@@ -1,86 +1,42 @@
-"""Making shards at scale: one part of a source in, one shard out, any number of processes or machines.
+"""Makes shards at scale: one part of a source in, one shard out, on any number of processes or machines.
 
 Everything grows in a folder `NAME.unfinished` beside the destination, which takes the destination's name in one
 rename when it is complete. There, part i becomes `0000i.tar` (if it has pairs) and, when that is safely on the
-disk, `parts/0000i.json` with its counts. A part whose counts exist is never made again, so that a run which was
-interrupted goes on where it stopped; and as a part depends on nothing but the source and the settings, the bytes
-are the same as without the interruption.
+disk, `parts/0000i.json` with its counts. A part whose counts exist is not made again, so that an interrupted run
+continues where it stopped. A part depends on nothing but the source and the settings, so that the bytes are the same
+as without the interruption. (Where keys repeat, some parts are made a second time, with other keys; see `keys`.)
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from contrastive.errors import UserError
-from contrastive.locks import Busy, only_one
+from contrastive.shards.decode import decode_image
 from contrastive.shards.filters import DUPLICATES, Filters, Scorer, Transform, pair_ids, repeated, upright
-from contrastive.shards.index import PathLike
+from contrastive.shards.index import PathLike, caption_id
+from contrastive.shards.job import CAPTION, Hopeless, Job, Task, files_of
+from contrastive.shards.keys import MARK, PREFIX, renamed_note, safe_key, text_id
 from contrastive.shards.pools import Runner, run_here
 from contrastive.shards.record import Part, Record, Rejected, Source
-from contrastive.shards.write import (
-    MANIFEST,
-    Manifest,
-    add_pair,
-    check_free,
-    fault_of,
-    nothing_to_write,
-    safe_key,
-    swap,
-)
+from contrastive.shards.remedies import nothing_to_write
+from contrastive.shards.saving import alone, disk_errors, save_rows, write_aside
+from contrastive.shards.skipped import REJECTED, Skip, SkippedRows, examples, join_pieces
+from contrastive.shards.unique import make_keys_unique
+from contrastive.shards.write import MANIFEST, Manifest, add_pair, check_free, fault_of, swap
 
-VERSION = 1
 BATCH = 64  # pairs that are scored together
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every part is made with. folder: where the shards grow; all processes must see it."""
-
-    source: Source
-    folder: Path
-    filters: Filters
-    transform: Transform
-    scorer: Scorer | None
-
-    def identity(self, size: int) -> dict[str, Any]:
-        """The settings that decide the bytes."""
-        return {
-            "version": VERSION,
-            "source": self.source.identity(),
-            "samples_per_shard": size,
-            "filters": asdict(self.filters),
-            "transform": asdict(self.transform),
-            "scorer": self.scorer.identity() if self.scorer else None,
-        }
-
-    def counts(self, number: int) -> Path:
-        return self.folder / "parts" / f"{number:05d}.json"
-
-    def seen(self, number: int) -> Path:
-        return self.folder / "parts" / f"{number:05d}.seen.npy"
-
-    def written(self, number: int) -> Path:
-        return self.folder / "parts" / f"{number:05d}.ids.npy"
-
-
-class Task(NamedTuple):
-    """A part, and which of its rows repeat an earlier one: a byte a row, a number of DUPLICATES."""
-
-    part: Part
-    repeats: bytes = b""
 
 
 def make_shards(
@@ -92,6 +48,7 @@ def make_shards(
     filters: Filters | None = None,
     transform: Transform | None = None,
     scorer: Scorer | None = None,
+    verify: bool = False,
     runner: Runner = run_here,
 ) -> Manifest:
     """Make one shard of every `samples_per_shard` rows of `source`, in the folder `dest`.
@@ -99,14 +56,17 @@ def make_shards(
     The bytes depend on the source and the settings, not on the runner nor on interruptions; a shard holds fewer
     pairs where rows are left out. With the settings of a finished folder, nothing is done.
 
+    Skipped rows are listed in `rejected.jsonl` there. verify: decode every image, so that those which training could
+    not decode are skipped.
+
     Raises UserError: `dest` is in use (unless `overwrite`), it was begun with other settings, another process is
-    making it, a key occurs twice, no row is a pair, the disk is full, a process died.
+    making it, a key occurs twice in one file, no row is a pair, the disk is full, a process died.
     """
     if samples_per_shard < 1:
         raise UserError(f"samples_per_shard {samples_per_shard}: give at least 1")
     dest = Path(os.path.abspath(dest))
     folder = dest.with_name(f"{dest.name}.unfinished")
-    job = Job(source, folder, filters or Filters(), transform or Transform(), scorer)
+    job = Job(source, folder, filters or Filters(), transform or Transform(), scorer, verify)
     settings = job.identity(samples_per_shard)
     if not overwrite and (done := _finished(dest, settings)):
         return done
@@ -115,9 +75,9 @@ def make_shards(
             f"{dest}: holds finished shards of another source or other settings; give another folder, or --overwrite"
         )
     check_free(dest, overwrite)
-    with _disk_errors(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with alone(folder):
             (folder / "parts").mkdir(exist_ok=True)
             for left in [*folder.glob("*.tar.*"), *folder.glob("**/*.aside-*")]:  # of a process that was killed
                 left.unlink(missing_ok=True)
@@ -125,11 +85,11 @@ def make_shards(
                 _begin(folder, settings)
                 try:
                     manifest = _make_all(job, source.cut(samples_per_shard), runner)
-                except _Hopeless:
+                except Hopeless:
                     shutil.rmtree(folder, ignore_errors=True)
                     raise
                 text = json.dumps({**asdict(manifest), "settings": _digest(settings)}, indent=1) + "\n"
-                _write_aside(folder / MANIFEST, text.encode())
+                write_aside(folder / MANIFEST, text.encode())
             elif json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["settings"] != _digest(settings):
                 raise _begun_otherwise(folder)
             for name in ("parts", "settings.json"):  # killed here, the next run finds the manifest and goes on
@@ -137,10 +97,6 @@ def make_shards(
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             swap(folder, dest)
     return _read_manifest(dest)
-
-
-class _Hopeless(UserError):
-    """The source must be mended first: what was made of it is of no use."""
 
 
 def _make_all(job: Job, parts: list[Part], runner: Runner) -> Manifest:
@@ -153,30 +109,38 @@ def _make_all(job: Job, parts: list[Part], runner: Runner) -> Manifest:
     missing = [task for task in tasks if not job.counts(task.part.number).exists()]
     for _ in runner(make_part, job, missing, "making shards"):
         pass
+    make_keys_unique(job, tasks, runner, make_part)
     skipped = Counter(job.source.rejected)
+    renamed: Counter[str] = Counter()
+    renamed_like: dict[str, str] = {}
     shards = []
+    pairs = 0
     for part in parts:
-        counts = json.loads(job.counts(part.number).read_text(encoding="utf-8"))
+        counts = job.saved_counts(part)
         skipped.update(counts["skipped"])
+        renamed.update(counts["renamed"])
+        renamed_like = {**counts["renamed_like"], **renamed_like}
+        pairs += counts["pairs"]
         if counts["pairs"]:
             shards.append(f"{part.number:05d}.tar")
-    ids = [np.load(job.written(part.number), allow_pickle=False) for part in parts]
-    pairs = sum(map(len, ids))
+    pieces = [job.rejected(part.number) for part in parts]
     if not pairs:
-        raise _Hopeless(str(nothing_to_write(skipped, job.source.columns)))
-    _check_keys(job, [rows[:, 0] for rows in ids])
-    captions = len(np.unique(np.concatenate([rows[:, 1] for rows in ids])))
-    return Manifest(pairs, shards, dict(sorted(skipped.items())), pairs - captions)
+        found = examples(set(skipped) - set(job.source.rejected), pieces)
+        raise Hopeless(nothing_to_write(skipped - Counter(job.source.rejected), found, job.source, job.filters))
+    join_pieces(job.folder / REJECTED, job.source.rejections(), pieces)
+    captions = len(np.unique(job.column(parts, CAPTION)))
+    notes = renamed_note(renamed, renamed_like)
+    return Manifest(pairs, shards, dict(sorted(skipped.items())), pairs - captions, notes)
 
 
 def scan_part(job: Job, task: Task) -> None:
-    """Note the hashes of a part's pairs, for the search for duplicates."""
+    """Save the hashes of a part's pairs, for the search for duplicates."""
     rows = [
         (number, *pair_ids(record))
         for number, record in enumerate(job.source.read(task.part))
-        if not (fault_of(record) or job.filters.reason(record))
+        if not (fault_of(record) or job.filters.skip(record))
     ]
-    _save_rows(job.seen(task.part.number), rows, 3)
+    save_rows(job.seen(task.part.number), rows, 3)
 
 
 def make_part(job: Job, task: Task) -> None:
@@ -184,63 +148,82 @@ def make_part(job: Job, task: Task) -> None:
     number = task.part.number
     shard = job.folder / f"{number:05d}.tar"
     aside = job.folder / f"{number:05d}.tar.{os.getpid()}"
-    skipped: Counter[str] = Counter()
-    ids: list[tuple[int, int]] = []
-    with _disk_errors(shard):
+    skipped = SkippedRows()
+    ids: list[tuple[int, int, int, int, int]] = []
+    renamed: Counter[str] = Counter()
+    renamed_like: dict[str, str] = {}
+    files = files_of(task.part)
+    with disk_errors(shard):
         try:
             with open(aside, "wb") as file:
                 with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-                    for record in _kept(job, task, skipped):
-                        key = safe_key(record.key)
-                        ids.append((_text_id(key), pair_ids(record)[1]))
+                    for row, record in _kept(job, task, skipped):
+                        safe, key = safe_key(record.key), task.key(row, record, files)
+                        plain = text_id(record.key)
+                        ids.append((text_id(safe), plain, text_id(key), caption_id(record.captions[0]), row))
+                        for kind, bit in (("prefix", PREFIX), ("mark", MARK)):
+                            if task.changes and task.changes[row] & bit:
+                                renamed[kind] += 1
+                                renamed_like.setdefault(kind, key)
                         add_pair(tar, key, record)
                 file.flush()
                 os.fsync(file.fileno())
             if ids:
                 os.replace(aside, shard)
-            _save_rows(job.written(number), ids, 2)
-            counts = {"part": number, "pairs": len(ids), "skipped": dict(sorted(skipped.items()))}
-            _write_aside(job.counts(number), json.dumps(counts).encode())
+            save_rows(job.ids(number), ids, 5)
+            skipped.save(job.rejected(number))
+            counts = {
+                "part": number,
+                "pairs": len(ids),
+                "skipped": dict(sorted(skipped.counts.items())),
+                "naming": task.naming(),
+                "renamed": renamed,
+                "renamed_like": renamed_like,
+            }
+            write_aside(job.counts(number), json.dumps(counts).encode())
         finally:
             aside.unlink(missing_ok=True)
 
 
-def _kept(job: Job, task: Task, skipped: Counter[str]) -> Iterator[Record]:
-    """The pairs of a part as they are written; the others are counted."""
-    waiting: list[tuple[Record, Any]] = []
+def _kept(job: Job, task: Task, skipped: SkippedRows) -> Iterator[tuple[int, Record]]:
+    """The pairs of a part as they are written, with their numbers in the part; the others are added to `skipped`."""
+    waiting: list[tuple[int, Record, Any]] = []
     for number, record in enumerate(job.source.read(task.part)):
-        reason = fault_of(record) or job.filters.reason(record)
-        if not reason and task.repeats:
-            reason = DUPLICATES[task.repeats[number]]
+        skip = fault_of(record) or job.filters.skip(record)
+        if not skip and task.repeats and (repeat := DUPLICATES[task.repeats[number]]):
+            skip = Skip(repeat)
         prepared = None
-        if not reason and (job.transform or job.scorer):
+        if not skip and (job.verify or job.transform or job.scorer):
             assert record.image is not None
             try:
-                image = upright(record.image)
-                prepared = job.scorer.prepare(image) if job.scorer else None
-                record = job.transform.apply(record, image) if job.transform else record
+                if not (job.transform or job.scorer):
+                    decode_image(record.image)
+                else:
+                    image = upright(record.image)
+                    prepared = job.scorer.prepare(image) if job.scorer else None
+                    record = job.transform.apply(record, image) if job.transform else record
             except Rejected as rejected:
-                reason = rejected.reason
-        if reason:
-            skipped[reason] += 1
+                skip = Skip(rejected.reason)
+        if skip:
+            skipped.add(number, record, skip)
             continue
-        waiting.append((record, prepared))
+        waiting.append((number, record, prepared))
         if len(waiting) == BATCH or not job.scorer:
             yield from _scored(job, waiting, skipped)
             waiting = []
     yield from _scored(job, waiting, skipped)
 
 
-def _scored(job: Job, batch: list[tuple[Record, Any]], skipped: Counter[str]) -> Iterator[Record]:
+def _scored(job: Job, batch: list[tuple[int, Record, Any]], skipped: SkippedRows) -> Iterator[tuple[int, Record]]:
     if not job.scorer or not batch:
-        yield from (record for record, _ in batch)
+        yield from ((number, record) for number, record, _ in batch)
         return
-    scores = job.scorer.score([image for _, image in batch], [record.captions[0] for record, _ in batch])
-    for (record, _), score in zip(batch, scores, strict=True):
+    scores = job.scorer.score([image for *_, image in batch], [record.captions[0] for _, record, _ in batch])
+    for (number, record, _), score in zip(batch, scores, strict=True):
         if score >= job.scorer.minimum:
-            yield record
+            yield number, record
         else:
-            skipped["score too low"] += 1
+            skipped.add(number, record, Skip("score too low", f"{score:.4f}"))
 
 
 def _with_repeats(job: Job, tasks: Sequence[Task]) -> list[Task]:
@@ -257,31 +240,10 @@ def _with_repeats(job: Job, tasks: Sequence[Task]) -> list[Task]:
     return result
 
 
-def _check_keys(job: Job, ids: list[np.ndarray]) -> None:
-    every = np.concatenate(ids)
-    order = np.argsort(every, kind="stable")
-    ends = np.cumsum([len(rows) for rows in ids])
-
-    def key(row: int) -> str:
-        part = int(np.searchsorted(ends, row, "right"))
-        with tarfile.open(job.folder / f"{part:05d}.tar") as tar:
-            return tar.getnames()[3 * (row - int(ends[part]) + len(ids[part])) + 1].removesuffix(".txt")
-
-    for at in np.flatnonzero(every[order][1:] == every[order][:-1]):
-        first, second = key(int(order[at])), key(int(order[at + 1]))
-        if first == second:  # not only their hashes
-            raise _Hopeless(f"key '{first}' occurs twice; give every pair a key of its own")
-
-
-def _text_id(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
 def _begin(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / "settings.json"
     if not path.exists():
-        _write_aside(path, json.dumps(settings, indent=1).encode())
+        write_aside(path, json.dumps(settings, indent=1).encode())
     elif json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
         raise _begun_otherwise(folder)
 
@@ -306,46 +268,9 @@ def _finished(dest: Path, settings: dict[str, Any]) -> Manifest | None:
 
 def _read_manifest(dest: Path) -> Manifest:
     saved = json.loads((dest / MANIFEST).read_text(encoding="utf-8"))
-    return Manifest(saved["pairs"], saved["shards"], saved["skipped"], saved["duplicate_captions"])
+    names = ("pairs", "shards", "skipped", "duplicate_captions", "notes")
+    return Manifest(**{name: saved[name] for name in names if name in saved})  # older folders have no notes
 
 
 def _digest(settings: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _save_rows(path: Path, rows: Iterable[tuple[int, ...]], columns: int) -> None:
-    _write_aside(path, lambda file: np.save(file, np.array(list(rows), np.int64).reshape(-1, columns)))
-
-
-def _write_aside(path: Path, content: bytes | Callable[[Any], None]) -> None:
-    """Write a small file so that it is there complete or not at all, and survives a loss of power."""
-    aside = path.with_name(f"{path.name}.aside-{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            file.write(content) if isinstance(content, bytes) else content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as fault:
-        if fault.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        why = os.strerror(fault.errno)
-        raise UserError(f"{path}: {why}; make room and run the same command again, finished parts are kept") from None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from making the same shards."""
-    try:
-        with only_one(folder):
-            yield
-    except Busy:
-        raise UserError(f"{folder}: another process is making these shards; wait for it, or stop it") from None

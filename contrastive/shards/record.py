@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,15 @@ class Record:
     label: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     fault: str | None = None
+    detail: str | None = None
+    place: str | None = None
+
+
+class SkippedRow(NamedTuple):
+    """A line of rejected.jsonl: something that did not become a pair. See `Record` for detail and place."""
+
+    key: str
+    reason: str
     detail: str | None = None
     place: str | None = None
 
@@ -103,6 +112,10 @@ class Source:
     @property
     def rejected(self) -> Mapping[str, int]:
         return {}
+
+    def rejections(self) -> Iterator["SkippedRow"]:
+        """What `rejected` counts, one by one, where the source knows more than counts."""
+        return iter(())
 
     @property
     def grouped(self) -> int:

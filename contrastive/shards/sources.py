@@ -13,7 +13,7 @@ from contrastive.shards.hf_disk import DiskSource, is_saved_dataset
 from contrastive.shards.index import PathLike, ShardIndex, open_index
 from contrastive.shards.json_lines import JsonLinesSource
 from contrastive.shards.parquet_table import ParquetSource
-from contrastive.shards.record import IMAGE_EXTENSIONS, Part, Record, Rejected, Source
+from contrastive.shards.record import IMAGE_EXTENSIONS, Part, Record, Rejected, SkippedRow, Source
 from contrastive.shards.tables import TableSource
 
 
@@ -28,6 +28,10 @@ class ShardSource(Source):
     @property
     def rejected(self) -> Mapping[str, int]:
         return self.index.rejected if self.limit is None else {}
+
+    def rejections(self) -> Iterator[SkippedRow]:
+        for one in self.index.manifest["rejected"] if self.limit is None else ():
+            yield SkippedRow(one["key"], one["reason"], place=one["shard"])
 
     def identity(self) -> dict[str, Any]:
         return {"kind": self.kind, "fingerprint": self.index.fingerprint, "limit": self.limit}

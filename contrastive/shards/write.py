@@ -1,4 +1,4 @@
-"""Writing pairs as tar shards in the layout of webdataset: key.webp, key.txt, key.json."""
+"""Writes pairs as tar shards in the layout of webdataset: key.webp, key.txt, key.json."""
 
 import io
 import json
@@ -6,66 +6,30 @@ import os
 import re
 import shutil
 import tarfile
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from contrastive.errors import UserError
-from contrastive.shards.index import PathLike, caption_id
-from contrastive.shards.record import (
-    IMAGE_EXTENSIONS,
-    MAX_CAPTION_BYTES,
-    MAX_IMAGE_BYTES,
-    MAX_TEXT_BYTES,
-    Record,
-    image_extension,
-)
+from contrastive.shards.record import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Record, image_extension
+from contrastive.shards.skipped import REJECTED, Skip
 
 MANIFEST = "manifest.json"
+MAX_KEY = 1000  # characters; the index refuses a shard with names above 4,096
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was written: pairs, names of the shards, rows left out by reason, pairs that repeat a caption."""
+    """The contents of a finished folder.
+
+    pairs: their number. shards: names of the files. skipped: counts by reason, of rows and of what the source left
+    out itself. duplicate_captions: pairs that repeat a caption. notes: lines for the user on changed keys.
+    """
 
     pairs: int
     shards: list[str]
     skipped: dict[str, int]
     duplicate_captions: int
-
-
-def write_shards(
-    source: Iterable[Record],
-    dest: PathLike,
-    *,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-) -> Manifest:
-    """Write the records that have an image and a caption, in order, to the folder `dest`.
-
-    The bytes written depend on the records only. Everything goes to a temporary folder beside `dest`, which
-    is renamed when it is complete. Image bytes are stored untouched, under the extension of their real
-    format.
-
-    Raises UserError: `dest` is in use (unless `overwrite`, which replaces shards and nothing else), a key
-    occurs twice, or no row is a pair.
-    """
-    if samples_per_shard < 1:
-        raise UserError(f"samples_per_shard {samples_per_shard}: give at least 1")
-    dest = Path(os.path.abspath(dest))
-    check_free(dest, overwrite)
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    temporary = dest.with_name(f".{dest.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        manifest = _write(source, temporary, samples_per_shard)
-        (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
-        swap(temporary, dest)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
+    notes: list[str] = field(default_factory=list)
 
 
 def swap(complete: Path, dest: Path) -> None:
@@ -81,66 +45,27 @@ def swap(complete: Path, dest: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(source: Iterable[Record], folder: Path, samples_per_shard: int) -> Manifest:
-    skipped: Counter[str] = Counter()
-    keys: set[str] = set()
-    captions: set[int] = set()
-    shards: list[str] = []
-    tar: tarfile.TarFile | None = None
-    try:
-        for record in source:
-            reason = fault_of(record)
-            if reason:
-                skipped[reason] += 1
-                continue
-            key = safe_key(record.key)
-            if key in keys:
-                raise UserError(f"key '{key}' occurs twice; give every pair a key of its own")
-            if len(keys) % samples_per_shard == 0:
-                if tar is not None:
-                    tar.close()
-                shards.append(f"{len(shards):05d}.tar")
-                tar = tarfile.open(folder / shards[-1], "w", format=tarfile.GNU_FORMAT)
-            keys.add(key)
-            captions.add(caption_id(record.captions[0]))
-            assert tar is not None
-            add_pair(tar, key, record)
-    finally:
-        if tar is not None:
-            tar.close()
-    if not keys:
-        raise nothing_to_write(skipped, getattr(source, "columns", []))
-    return Manifest(len(keys), shards, dict(sorted(skipped.items())), len(keys) - len(captions))
-
-
-def nothing_to_write(skipped: Mapping[str, int], columns: Sequence[str]) -> UserError:
-    """The error for a source without any pair; `columns` are those of a table."""
-    found = ", ".join(f"{count} with {reason}" for reason, count in skipped.items()) or "no rows"
-    remedy = f"name the columns with --image and --caption; columns: {', '.join(columns)}"
-    if not columns:
-        remedy = "every image needs a caption, as a .txt file of the same name"
-    return UserError(f"nothing to write: {found}; {remedy}")
-
-
-def fault_of(record: Record) -> str | None:
-    """Why a record is no pair, told without decoding anything; None for a pair."""
+def fault_of(record: Record) -> Skip | None:
+    """The reason why a record is no pair, found without decoding; None for a pair."""
     if record.fault:
-        return record.fault
+        return Skip(record.fault, record.detail)
     if not record.image:
-        return "no image"
+        return Skip("no image")
     if len(record.image) > MAX_IMAGE_BYTES:
-        return "image too large"
+        return Skip("image too large", f"{len(record.image):,} bytes; at most {MAX_IMAGE_BYTES:,}")
     if image_extension(record.image) is None:
-        return "unknown image format"
+        return Skip("unknown image format", f"begins with {record.image[:16]!r}")
     if not record.captions or not record.captions[0].strip():
-        return "no caption"
+        return Skip("no caption")
     sizes = [len(caption.encode("utf-8", "surrogatepass")) for caption in record.captions]
     if sizes[0] > MAX_CAPTION_BYTES or sum(sizes) > MAX_TEXT_BYTES:
-        return "text too long"
+        return Skip("text too long", f"caption of {sizes[0]:,} bytes, all captions {sum(sizes):,}")
+    if len(record.key) > MAX_KEY:
+        return Skip("key too long", f"{len(record.key):,} characters; at most {MAX_KEY:,}")
     try:
         "".join(record.captions).encode()
     except UnicodeEncodeError:  # half of a surrogate pair, as JSON can spell one
-        return "caption not UTF-8"
+        return Skip("caption not UTF-8")
     return None
 
 
@@ -155,32 +80,36 @@ def add_pair(tar: tarfile.TarFile, key: str, record: Record) -> None:
     _add(tar, f"{key}.json", json.dumps(info, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace"))
 
 
-def safe_key(key: str) -> str:
-    """The layout ends a key at the first dot; a name must not leave the folder that a tar is unpacked in."""
-    stem, dot, extension = key.rpartition(".")
-    key = stem if dot and extension.lower() in IMAGE_EXTENSIONS else key
-    return re.sub(r"[.\\\x00-\x1f]", "_", key).strip("/") or "_"
-
-
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)  # its defaults: time 0, user and group 0, mode 644
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
 
+def check_writable(dest: Path) -> None:
+    """Raise UserError where the folder `dest` cannot be made: before the work, not after it."""
+    if os.path.lexists(dest) and not dest.is_dir():
+        raise UserError(f"{dest}: is a file; give a folder")
+    parent = next((folder for folder in dest.absolute().parents if os.path.lexists(folder)), dest)
+    if not parent.is_dir():
+        raise UserError(f"{dest}: {parent} is no folder; give another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{dest}: {parent} cannot be written; give another place")
+
+
 def check_free(dest: Path, overwrite: bool) -> None:
     """Raise UserError unless `dest` can be written: absent, empty, or (with `overwrite`) holding shards only."""
+    check_writable(dest)
     if not dest.exists():
         return
-    if not dest.is_dir():
-        raise UserError(f"{dest}: is a file; give a folder")
     names = [p.name for p in dest.iterdir()]
     if not names:
         return
     if not overwrite:
         raise UserError(f"{dest}: the folder is not empty; give another, or --overwrite")
     ours = re.compile(
-        r"\d{5,}\.tar|manifest\.json|\.?index(-[0-9a-f]+)?\.(npz|tables|json).*|\.?pixels-[0-9a-f]{16}\.(npy|json).*"
+        rf"\d{{5,}}\.tar|manifest\.json|{re.escape(REJECTED)}|"
+        r"\.?index(-[0-9a-f]+)?\.(npz|tables|json).*|\.?pixels-[0-9a-f]{16}\.(npy|json).*"
     )
     foreign = [name for name in sorted(names) if not ours.fullmatch(name)]
     if foreign:

@@ -33,8 +33,9 @@ def opened(record: Record) -> Image.Image:
     ],
 )
 def test_a_limit_keeps_what_reaches_it(limits: dict[str, Any], kept: Record, left_out: Record, reason: str) -> None:
-    assert Filters(**limits).reason(kept) is None
-    assert Filters(**limits).reason(left_out) == reason
+    assert Filters(**limits).skip(kept) is None
+    skip = Filters(**limits).skip(left_out)
+    assert skip and skip.reason == reason
 
 
 @pytest.mark.parametrize("what", ["image", "caption", "both"])

@@ -33,7 +33,7 @@ def test_a_table_is_sharded_and_summed_up(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "x.csv").write_text("\n".join(["image,caption", *rows]))
     assert run(tmp_path / "x.csv", tmp_path / "out") == 0
     printed = capsys.readouterr().out
-    assert "2 pairs in 1 shards" in printed
+    assert "2 pairs in 1 shard" in printed
     assert "skipped: 1 (no caption)" in printed
     assert "skipped: 1 (no such file)" in printed
     assert "occurred before: 1 (50.0%)" in printed
@@ -48,7 +48,7 @@ def test_limit_and_samples_per_shard_are_kept(tmp_path: Path) -> None:
 def test_captions_absent_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(encoded())
-    with pytest.raises(UserError, match="nothing to write: 1 with no caption"):
+    with pytest.raises(UserError, match="nothing to write: the only row .*no caption"):
         run(tmp_path / "images", tmp_path / "out")
 
 

@@ -70,7 +70,7 @@ def test_what_is_no_pair_is_counted_by_reason(tmp_path: Path) -> None:
 
 
 def test_no_pair_at_all_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="3 with no caption"):
+    with pytest.raises(UserError, match="all 3 rows have no caption"):
         write_shards([replace(record, captions=()) for record in records(3)], tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,48 @@
+"""Records in memory as a source, and shards made of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from contrastive.shards.index import PathLike
+from contrastive.shards.making import make_shards
+from contrastive.shards.record import Part, Record, Source
+from contrastive.shards.write import Manifest
+
+
+class MemorySource(Source):
+    """Records that are in memory."""
+
+    kind = "records"
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.records, self.columns, self.files = list(records), [], []
+
+    def read(self, part: Part) -> Iterator[Record]:
+        for segment in part.segments:
+            yield from self.records[segment.at : segment.at + segment.rows]
+
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.blake2b(digest_size=16)
+        for record in self.records:
+            digest.update(repr(record).encode("utf-8", "surrogatepass"))
+        return {"kind": self.kind, "digest": digest.hexdigest(), "limit": self.limit}
+
+    def _row_starts(self) -> Iterator[Iterable[int]]:
+        yield range(len(self.records))
+
+    def _records(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def _count(self) -> int:
+        return len(self.records)
+
+
+def write_shards(
+    records: Iterable[Record], dest: PathLike, *, samples_per_shard: int = 1000, overwrite: bool = False
+) -> Manifest:
+    """Make shards of records: those of a source, or any others, which are held in memory. See `make_shards`."""
+    source = records if isinstance(records, Source) else MemorySource(records)
+    return make_shards(source, dest, samples_per_shard=samples_per_shard, overwrite=overwrite)
