@@ -3,6 +3,7 @@
     pip install --no-deps --target build/peer-webdataset webdataset==0.2.86     # the release that open_clip_train pins
     python benchmarks/loader.py                     both cases; 20,000 photographs are made once, in build/ (minutes)
     python benchmarks/loader.py --images 2000 --rounds 3
+    python benchmarks/loader.py --once exact        one short run for against.py: a JSON line with seconds a batch
 
 Case "pictograms": the shipped set, WebP of 64 px, at 64 px. Case "photographs": JPEGs of 400 to 800 px a side, quality
 90, cut from scikit-image's pictures, at 224 px. Both sides crop 0.9 to 1 of the area at random, resize bicubic and
@@ -24,6 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +39,7 @@ BATCH = 256
 READY = 3  # batches that a loader may have prepared before its turn, and one under way
 CASES = {"pictograms": 64, "photographs": 224}
 SYSTEMS = {"pictograms": ["open_clip", "exact"], "photographs": ["open_clip", "exact", "fast"]}
+ONCE = 12  # batches of a short run
 LIMITS = {"exact": "limit, whole", "fast": "limit, scaled"}
 
 
@@ -47,7 +50,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=12, help=f"of {BATCH} samples, that a turn counts")
     parser.add_argument("--serve", nargs=3, metavar=("SYSTEM", "SHARDS", "SIZE"), help=argparse.SUPPRESS)
+    parser.add_argument("--once", choices=["exact", "fast"], help="a few batches of this loader on 2,000 photographs")
     arguments = parser.parse_args()
+    if arguments.once:
+        print(json.dumps(once(arguments.once)))
+        return
     if arguments.serve:
         system, shards, size = arguments.serve
         serve(system, Path(shards), int(size))
@@ -63,6 +70,33 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps({**known, **cases}, indent=2) + "\n")
+
+
+def once(decode: str) -> dict[str, float]:
+    """Seconds a batch, after the first ones: elapsed, and of the processors of this process and its worker."""
+    import torch
+
+    torch.set_num_threads(1)
+    made = photographs(2000)
+    with tempfile.TemporaryDirectory() as name:  # an index of this run's own: another checkout may write another kind
+        for shard in made.glob("*.tar"):
+            (Path(name) / shard.name).symlink_to(shard)
+        batches = our_batches(Path(name), CASES["photographs"], decode)
+        for _ in range(READY + 1):
+            next(batches)
+        worker = newest_child()
+        started, used = time.perf_counter(), time.process_time() + processor_time(worker)
+        for _ in range(ONCE):
+            next(batches)
+        elapsed, busy = time.perf_counter() - started, time.process_time() + processor_time(worker) - used
+        batches.close()  # type: ignore[attr-defined]
+    return {"seconds a batch": elapsed / ONCE, "processor seconds a batch": busy / ONCE}
+
+
+def processor_time(process: int) -> float:
+    """Seconds that a process has computed; Linux."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # ---- the parent: turns
@@ -235,7 +269,7 @@ def photographs(count: int) -> Path:
     """Shards of `count` JPEG photographs, made at the first use."""
     from skimage import data
 
-    from contrastive.shards import Record, write_shards
+    from contrastive.shards import Record, Source, make_shards
 
     shards = ROOT / "build" / f"photographs-{count}"
     if shards.exists():
@@ -248,20 +282,32 @@ def photographs(count: int) -> Path:
              "motorcycle_left.png", "motorcycle_right.png", "ihc.png"]  # fmt: skip
     pictures = [Image.open(folder / name).convert("RGB") for name in names]
     print(f"making {count:,} photographs in {shards}", file=sys.stderr)
+    rng = np.random.default_rng(0)
 
-    def records() -> Iterator[Record]:
-        rng = np.random.default_rng(0)
-        for i in range(count):
-            picture = pictures[i % len(pictures)]
-            width, height = (int(side) for side in rng.integers(400, 801, size=2))
-            share = rng.uniform(0.5, 1)
-            left, top = (rng.uniform(0, side * (1 - share)) for side in picture.size)
-            box = (left, top, left + share * picture.width, top + share * picture.height)
-            buffer = io.BytesIO()
-            picture.resize((width, height), Image.Resampling.BICUBIC, box=box).save(buffer, "JPEG", quality=90)
-            yield Record(f"{i:06d}", buffer.getvalue(), (f"{names[i % len(names)].split('.')[0]}, cut number {i}",))
+    class Photographs(Source):
+        """Pictures that are cut and encoded when they are written, in order, and never held together."""
 
-    write_shards(records(), shards)
+        kind, columns, files = "photographs", [], []  # type: ignore[var-annotated]
+
+        def read(self, part: Any) -> Iterator[Record]:
+            for i in range(part.row, part.row + sum(s.rows for s in part.segments)):
+                picture = pictures[i % len(pictures)]
+                width, height = (int(side) for side in rng.integers(400, 801, size=2))
+                share = rng.uniform(0.5, 1)
+                left, top = (rng.uniform(0, side * (1 - share)) for side in picture.size)
+                box = (left, top, left + share * picture.width, top + share * picture.height)
+                buffer = io.BytesIO()
+                picture.resize((width, height), Image.Resampling.BICUBIC, box=box).save(buffer, "JPEG", quality=90)
+                caption = f"{names[i % len(names)].split('.')[0]}, cut number {i}"
+                yield Record(f"{i:06d}", buffer.getvalue(), (caption,))
+
+        def identity(self) -> dict[str, Any]:
+            return {"kind": self.kind, "count": count}
+
+        def _row_starts(self) -> Iterator[range]:
+            yield range(count)
+
+    make_shards(Photographs(), shards)
     return shards
 
 

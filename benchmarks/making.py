@@ -1,6 +1,7 @@
 """Pairs a second that one core makes into shards, step by step: a table, and benchmarks/results/making.json.
 
     python benchmarks/making.py [PAIRS] [REPEATS]
+    python benchmarks/making.py --once copy       one short run for against.py: a JSON line with the seconds of a call
 
 The process pins itself to one core. The pairs are crops of scikit-learn's two photographs, as JPEG files of 400 to
 800 pixels (quality 90) in a Parquet file; the model of the CLIP score is the one of recipes/pretrain/pictograms.yaml
@@ -11,6 +12,7 @@ table, every fsync and the renames; the median of the repeats counts, which take
 import io
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -65,7 +67,45 @@ def write_model(folder: Path) -> Path:
     return save_model(build_model(config, train_tokenizer(words, vocab_size=8000).to_str()), folder)
 
 
+ONCE: dict[str, dict[str, Any]] = {
+    "copy": {},
+    "deduplicate": {"filters": Filters(deduplicate="both")},
+    "jpeg": {"transform": Transform(256, format="jpeg")},
+    "index": {},
+}
+ONCE_PAIRS, ONCE_SECONDS = 1000, 5.0
+
+
+def once(case: str) -> dict[str, float]:
+    """Mean seconds of a call over a few of them, after one that does not count: elapsed, and of the processor."""
+    table = RESULT.parent.parent.parent / "build" / f"making-{ONCE_PAIRS}.parquet"
+    if not table.exists():  # made by the first run; its name appears when it is complete
+        table.parent.mkdir(exist_ok=True)
+        write_table(table.with_suffix(".part"), ONCE_PAIRS)
+        os.replace(table.with_suffix(".part"), table)
+    elapsed, busy = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if case == "index":
+            make_shards(open_source(table), folder / "to-index")
+        while len(elapsed) < 4 or sum(elapsed) < ONCE_SECONDS:
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            start, used = time.perf_counter(), time.process_time()
+            if case == "index":
+                index(folder / "to-index")
+            else:
+                make_shards(open_source(table), folder / "out", **ONCE[case])
+            elapsed.append(time.perf_counter() - start)
+            busy.append(time.process_time() - used)
+    return {"seconds": statistics.fmean(elapsed[1:]), "processor seconds": statistics.fmean(busy[1:])}
+
+
 def main() -> None:
+    if len(sys.argv) == 3 and sys.argv[1] == "--once" and sys.argv[2] in ONCE:
+        print(json.dumps(once(sys.argv[2])))
+        return
+    if sys.argv[1:2] == ["--once"]:
+        sys.exit(f"--once: give one of {', '.join(ONCE)}")
     pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
     repeats = int(sys.argv[2]) if len(sys.argv) > 2 else 5
     core = min(os.sched_getaffinity(0))
@@ -98,8 +138,7 @@ def main() -> None:
                 seconds[case].append(time.perf_counter() - start)
                 made = folder / "to-index" if case == "index" else dest
                 stored[case] = sum(path.stat().st_size for path in made.glob("*.tar"))
-                for path in dest.glob("*"):
-                    path.unlink()
+                shutil.rmtree(dest, ignore_errors=True)
     rows = {
         case: {
             "pairs_per_second": round(pairs / statistics.median(found), 1),

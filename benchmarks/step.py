@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                 prints tables, writes benchmarks/results/step.json; a quarter of an hour
     python benchmarks/step.py --threads 1     on two cores: the loader has one of its own, as beside a GPU
+    python benchmarks/step.py --once          one short run for against.py: a JSON line with the milliseconds of a step
 
     bare       both towers forward, the loss, backward, the optimizer, on one batch that lies in memory
     resident   the trainer (ranks agree, gradient norm, finite check, clock), its loader hands over that same batch
@@ -21,6 +22,8 @@ A trainer's step lasts from one request for a batch to the next. What happens no
 over the recipe's period: a log line over 10 steps, a checkpoint's stall over 500, the probe over 5 % of 1,255 steps.
 What the loader's process uses a batch is timed alone, in this process. Keep the machine idle.
 """
+
+from __future__ import annotations
 
 import argparse
 import ctypes
@@ -55,6 +58,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "step.json"
 WARM = 6  # steps ahead of the first turn
 EPOCH = 46  # twice as many with the loader: what it reads, maps and tokenises once is not of 27 epochs in 28
 Found = dict[str, Any]
+ONCE = 20  # steps of a short run
 LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 10, 500, 63
 
 
@@ -63,45 +67,63 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=60, help="of each way")
     parser.add_argument("--steps", type=int, default=3, help="of a turn")
     parser.add_argument("--threads", type=int, help="that compute; default: torch's choice, one a core")
+    parser.add_argument("--once", action="store_true", help="a few steps of the trainer on one batch")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
         loader.THREADS = arguments.threads
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.once:
+            print(json.dumps(once(Path(folder))))
+            return
         found = measure(arguments.turns, arguments.steps, Path(folder))
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps(known | {f"{found['threads']} threads": found}, indent=1) + "\n")
     show(found)
 
 
+def once(folder: Path) -> dict[str, float]:
+    """Median milliseconds of a step of the trainer on one batch that lies in memory."""
+    setting = Setting(folder, WARM + ONCE + 2)
+    resident = setting.driven("resident", setting.driven("trainer").items()[0])
+    resident.steps = ONCE
+    resident.trainer.fit(stop_after=resident.warm + ONCE + 1)
+    return {"milliseconds a step": 1e3 * statistics.median(resident.turns[0][1:])}
+
+
+class Setting:
+    """The recipe, its data and its tokenizer, from which trainers are made. steps: that they may take."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        lasting = [f"train.steps={steps}", "checkpoint.every=null", "eval.every=null", "eval.report=false"]
+        recipe = ROOT / "recipes" / "pretrain" / "pictograms.yaml"
+        self.config = load_config(recipe, [*lasting, f"track.log_every={LOG_EVERY}", f"track.probe_every={10**6}"])
+        self.accelerator = build_accelerator(self.config)
+        self.data = build_data(self.config)
+        for part in self.data.parts:
+            open_cache(part)
+        self.tokenizer = train_tokenizer(self.data.captions(), 8000, True).to_str()
+        self.folder = folder
+
+    def driven(self, name: str, batch: Any = None) -> Driven:
+        (self.folder / name).mkdir()
+        run = self.config.run.model_copy(update={"dir": str(self.folder / name)})
+        own = self.config.model_copy(update={"run": run})
+        index = open_index(self.config.data.validation)
+        model = build_model(own, self.tokenizer)
+        made = build_trainer(own, self.accelerator, model, self.data, validation_index=index, quiet=True)
+        return Driven(made, batch)
+
+
 def measure(turns: int, steps: int, folder: Path) -> dict[str, Any]:
     """Each way beside the bare one. Times are in milliseconds."""
-    lasting = [
-        f"train.steps={10 * (EPOCH + turns * steps)}",
-        "checkpoint.every=null",
-        "eval.every=null",
-        "eval.report=false",
-    ]
-    recipe = ROOT / "recipes" / "pretrain" / "pictograms.yaml"
     builders.trainer.keep_freed_memory = lambda: None  # in the turns that want it
-    config = load_config(recipe, [*lasting, f"track.log_every={LOG_EVERY}", f"track.probe_every={10**6}"])
-    accelerator = build_accelerator(config)
-    data = build_data(config)
-    for part in data.parts:
-        open_cache(part)
-    tokenizer = train_tokenizer(data.captions(), 8000, True).to_str()
-
-    def driven(name: str, batch: Any = None) -> Driven:
-        (folder / name).mkdir()
-        own = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder / name)})})
-        index = open_index(config.data.validation)
-        model = build_model(own, tokenizer)
-        return Driven(build_trainer(own, accelerator, model, data, validation_index=index, quiet=True), batch)
-
-    real = driven("trainer")
-    items = real.trainer.make_loader(0, real.trainer.curriculum.last).loader._items
+    setting = Setting(folder, 10 * (EPOCH + turns * steps))
+    config, accelerator, tokenizer = setting.config, setting.accelerator, setting.tokenizer
+    real = setting.driven("trainer")
+    items = real.items()
     batch = items[0]
-    resident = driven("resident", batch)
+    resident = setting.driven("resident", batch)
     bare = Bare(config, accelerator, build_model(config, tokenizer), batch)
     bare.step()
     faults = {"untouched": statistics.median(bare.faults_of_steps(WARM))}
@@ -254,6 +276,10 @@ class Driven:
         trainer._save = self.noting("save", trainer._save)  # type: ignore[method-assign]
         step.accelerator = _Clipping(step.accelerator, self)  # type: ignore[assignment]
         self._note_phases()
+
+    def items(self) -> Any:
+        """The batches of the recipe's loader."""
+        return self.trainer.make_loader(0, self.trainer.curriculum.last).loader._items
 
     def beside(self, bare: Callable[[int], list[float]], turns: int, steps: int) -> Found:
         around: list[list[float]] = []
