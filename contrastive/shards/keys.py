@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,16 @@ def safe_key(key: str) -> str:
     return _UNSAFE.sub("_", key).strip("/") or "_"
 
 
-def text_id(text: str) -> int:
-    """A 64-bit signed hash of a text."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def text_id(text: str, use: str = "") -> int:
+    """A 64-bit signed hash of a text, another one for each `use`."""
+    data = text.encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(data, digest_size=8, person=use.encode()).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def plain_id(key: str) -> int:
+    """A hash of the key as the source gives it. Its lowest bit is 1 where a shard's key must be another."""
+    return text_id(key, "plain") & ~1 | (safe_key(key) != key)
 
 
 def changed_key(key: str, change: int, prefix: str) -> str:
@@ -49,14 +55,11 @@ def has_repeats(ids: np.ndarray) -> bool:
     return len(np.unique(ids)) < len(ids)
 
 
-def first_repeat(ids: np.ndarray) -> tuple[int, int] | None:
-    """The first two rows of int64 (n,) with the same number."""
+def repeats(ids: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Neighbours among the rows of int64 (n,) with the same number."""
     order = np.argsort(ids, kind="stable")
-    again = np.flatnonzero(ids[order][1:] == ids[order][:-1])
-    if not len(again):
-        return None
-    at = again[np.argmin(order[again + 1])]
-    return int(order[at]), int(order[at + 1])
+    for at in np.flatnonzero(ids[order][1:] == ids[order][:-1]):
+        yield int(order[at]), int(order[at + 1])
 
 
 def key_changes(safe: np.ndarray, plain: np.ndarray, file: np.ndarray) -> tuple[np.ndarray, tuple[int, int] | None]:
@@ -64,7 +67,7 @@ def key_changes(safe: np.ndarray, plain: np.ndarray, file: np.ndarray) -> tuple[
 
     Args:
         safe: int64 (n,), hashes of the keys as `safe_key` gives them.
-        plain: int64 (n,), hashes of the keys as the source gives them.
+        plain: int64 (n,), `plain_id` of the keys as the source gives them.
         file: int64 (n,), numbers of the files.
 
     Returns:
@@ -84,9 +87,9 @@ def key_changes(safe: np.ndarray, plain: np.ndarray, file: np.ndarray) -> tuple[
         return changes, (int(rows[at]), int(rows[at + 1]))
     several_files = np.append(same_plain, False) | np.insert(same_plain, 0, False)
     changes[rows[several_files]] |= PREFIX
-    spelled = same_safe & ~same_plain  # two spellings meet here: all rows of that group which are not plain are marked
+    spelled = same_safe & ~same_plain  # two spellings meet, or, by chance, the hashes of two keys
     groups = np.unique(safe[rows][1:][spelled])
-    marked = np.isin(safe[rows], groups) & (safe[rows] != plain[rows])
+    marked = np.isin(safe[rows], groups) & (plain[rows] & 1 == 1)
     changes[rows[marked]] |= MARK
     return changes, None
 

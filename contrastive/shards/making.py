@@ -27,7 +27,7 @@ from contrastive.shards.decode import decode_image
 from contrastive.shards.filters import DUPLICATES, Filters, Scorer, Transform, pair_ids, repeated, upright
 from contrastive.shards.index import PathLike, caption_id
 from contrastive.shards.job import CAPTION, Hopeless, Job, Task, files_of
-from contrastive.shards.keys import MARK, PREFIX, renamed_note, safe_key, text_id
+from contrastive.shards.keys import MARK, PREFIX, plain_id, renamed_note, safe_key, text_id
 from contrastive.shards.pools import Runner, run_here
 from contrastive.shards.record import Part, Record, Rejected, Source
 from contrastive.shards.remedies import nothing_to_write
@@ -159,8 +159,8 @@ def make_part(job: Job, task: Task) -> None:
                 with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
                     for row, record in _kept(job, task, skipped):
                         safe, key = safe_key(record.key), task.key(row, record, files)
-                        plain = text_id(record.key)
-                        ids.append((text_id(safe), plain, text_id(key), caption_id(record.captions[0]), row))
+                        keys = text_id(safe), plain_id(record.key), text_id(key, "written")
+                        ids.append((*keys, caption_id(record.captions[0]), row))
                         for kind, bit in (("prefix", PREFIX), ("mark", MARK)):
                             if task.changes and task.changes[row] & bit:
                                 renamed[kind] += 1

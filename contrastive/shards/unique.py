@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import tarfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from contrastive.shards.job import PLAIN, ROW, SAFE, WRITTEN, Hopeless, Job, Task, files_of
-from contrastive.shards.keys import PREFIX, file_prefixes, first_repeat, has_repeats, key_changes
+from contrastive.shards.keys import PREFIX, file_prefixes, has_repeats, key_changes, repeats
 from contrastive.shards.pools import Runner
 from contrastive.shards.record import Part
 
@@ -37,8 +38,17 @@ def make_keys_unique(job: Job, tasks: Sequence[Task], runner: Runner, make_part:
             changed.append(new)
     for _ in runner(make_part, job, changed, "making shards with unique keys"):
         pass
-    if clash := first_repeat(job.column(parts, WRITTEN)):
-        raise Hopeless(_same_key(job, parts, rows, ends, clash))
+    for pair in repeats(job.column(parts, WRITTEN)):
+        first, second = (_written_key(job, rows, ends, number) for number in pair)
+        if first == second:  # not only their hashes
+            raise Hopeless(_same_key(job, parts, rows, ends, pair))
+
+
+def _written_key(job: Job, rows: list[np.ndarray], ends: np.ndarray, number: int) -> str:
+    """The key in the shards. number: of the pair among all pairs."""
+    part = int(np.searchsorted(ends, number, "right"))
+    with tarfile.open(job.folder / f"{part:05d}.tar") as tar:
+        return tar.getnames()[3 * (number - int(ends[part]) + len(rows[part])) + 1].removesuffix(".txt")
 
 
 def _same_key(job: Job, parts: Sequence[Part], rows: list[np.ndarray], ends: np.ndarray, pair: tuple[int, int]) -> str:

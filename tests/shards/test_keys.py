@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from contrastive.errors import UserError
 from contrastive.shards import make_shards, on_processes, open_index, open_source
-from contrastive.shards.keys import changed_key, file_prefixes, key_changes, safe_key, text_id
+from contrastive.shards.keys import changed_key, file_prefixes, key_changes, plain_id, safe_key, text_id
 
 from .conftest import encoded
 
@@ -20,11 +20,16 @@ ROWS = st.lists(st.tuples(KEYS, st.integers(0, 2)), max_size=30)
 
 
 def changes_of(rows: list[tuple[str, int]]) -> tuple[np.ndarray, tuple[int, int] | None]:
-    safe, plain = (
-        [text_id(name) for name in names] for names in ([safe_key(k) for k, _ in rows], [k for k, _ in rows])
-    )
+    safe, plain = [text_id(safe_key(key)) for key, _ in rows], [plain_id(key) for key, _ in rows]
     arrays = (np.array(values, np.int64) for values in (safe, plain, [file for _, file in rows]))
     return key_changes(*arrays)
+
+
+def test_keys_whose_hashes_are_the_same_by_chance_stay_as_they_are() -> None:
+    keys = ["a", "b"]
+    safe, plain = np.zeros(2, np.int64), np.array([plain_id(key) for key in keys])
+    changes, clash = key_changes(safe, plain, np.zeros(2, np.int64))
+    assert clash is None and not changes.any()
 
 
 @settings(deadline=None, max_examples=200)
