@@ -59,7 +59,8 @@ def data_card(index: ShardIndex, *, context: int, count_tokens: CountTokens | No
             "height": _quantiles(images["heights"]),
             "bytes": _quantiles(index.sizes[:, 0]),
             "unreadable": dict(images["unreadable"]),
-            "repeated_share": 1 - len(np.unique(same_image)) / len(looked_at),
+            "repeated": index.repeated_images,
+            "repeated_share": index.repeated_images / len(index),
         },
         "captions": {
             "words": _quantiles([len(w) for w in words]),
@@ -122,24 +123,24 @@ def card_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
         dotted = any("." in kind for kind in card["ignored_members"])
         rows.append(("ignored", ignored + (" (a key ends at the first dot of its name)" if dotted else "")))
     if card["looked_at"] < card["pairs"]:
-        rows.append(("looked at", f"{card['looked_at']:,} pairs, evenly spread, of which all below tells"))
+        rows.append(("looked at", f"{card['looked_at']:,} pairs, evenly spread; the rows below describe these"))
     rows += [
         ("images", _counts(images["formats"])),
         ("  width", _span(images["width"], "px")),
         ("  height", _span(images["height"], "px")),
         ("  size", _span(images["bytes"], "bytes")),
-        ("  repeated", f"{images['repeated_share']:.1%} have the bytes of another"),
+        ("  repeated", f"{images['repeated']:,} ({images['repeated_share']:.1%}) are the image of an earlier pair"),
         ("  unreadable", _counts(images["unreadable"])),
         ("captions", _counts(captions["scripts"])),
         ("  words", _span(captions["words"])),
         ("  characters", _span(captions["characters"])),
         (f"  tokens{how}", _span(captions["tokens"])),
         ("  truncated", f"{captions['truncated_share']:.2%} have more than {captions['context']} tokens"),
-        ("  repeated", f"{captions['repeated_share']:.1%} occurred before"),
+        ("  repeated", f"{captions['repeated_share']:.1%} are the caption of an earlier pair"),
         ("modalities", "(Liang, Zadeh and Morency 2022)"),
     ]
     for axis, numbers in card["modalities"].items():
-        told = "; ".join(f"{what} {'not to be told' if v is None else f'{v:,.4g}'}" for what, v in numbers.items())
+        told = "; ".join(f"{what} {'unknown' if v is None else f'{v:,.4g}'}" for what, v in numbers.items())
         rows.append((f"  {axis}", told))
     return rows
 
