@@ -290,7 +290,7 @@ def photographs(count: int) -> Path:
         kind, columns, files = "photographs", [], []  # type: ignore[var-annotated]
 
         def read(self, part: Any) -> Iterator[Record]:
-            for i in range(part.row, part.row + sum(s.rows for s in part.segments)):
+            for i in range(part.row, part.row + part.records):
                 picture = pictures[i % len(pictures)]
                 width, height = (int(side) for side in rng.integers(400, 801, size=2))
                 share = rng.uniform(0.5, 1)

@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     parser.add_argument(
+        "--group",
+        action=argparse.BooleanOptionalAction,
+        help="rows of a table with the same image are one sample with several captions (default: where the column "
+        "holds paths)",
+    )
+    parser.add_argument(
         "--verify",
         action="store_true",
         help="decode every image now, and skip those that training could not decode",
@@ -95,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         label=args.label,
         limit=args.limit,
         allow_outside=args.allow_outside,
+        group=args.group,
     )
     for line in (*source.notes, left_out_line(source.rejected)):
         if line:
@@ -213,4 +220,4 @@ def watched(runner: Runner, every: float = 30.0) -> Runner:
 
 
 def _rows(task: Any) -> int:
-    return sum(segment.rows for segment in task.part.segments)
+    return int(task.part.records)

@@ -14,7 +14,7 @@ import numpy as np
 from contrastive.errors import UserError
 from contrastive.shards.filters import Filters, Scorer, Transform
 from contrastive.shards.keys import changed_key, safe_key
-from contrastive.shards.record import Part, Record, Source
+from contrastive.shards.record import OWN, Part, Record, Source
 from contrastive.shards.skipped import REJECTED
 
 VERSION = 2
@@ -104,4 +104,5 @@ class Task:
 def files_of(part: Part) -> np.ndarray:
     """The number of each record's file: int64 (records,)."""
     files, rows = ([getattr(segment, name) for segment in part.segments] for name in ("file", "rows"))
-    return np.repeat(np.array(files, np.int64), rows)
+    found = np.repeat(np.array(files, np.int64), rows)
+    return found[np.frombuffer(part.roles, np.uint8) == OWN] if part.roles else found

@@ -233,7 +233,7 @@ def _with_repeats(job: Job, tasks: Sequence[Task]) -> list[Task]:
     found = repeated(np.concatenate(seen)[:, 1:] if seen else np.zeros((0, 2), np.int64), job.filters.deduplicate)
     result, start = [], 0
     for task, rows in zip(tasks, seen, strict=True):
-        repeats = np.zeros(sum(segment.rows for segment in task.part.segments), np.uint8)
+        repeats = np.zeros(task.part.records, np.uint8)
         repeats[rows[:, 0]] = found[start : start + len(rows)]
         start += len(rows)
         result.append(Task(task.part, repeats.tobytes()))

@@ -30,7 +30,7 @@ def make_keys_unique(job: Job, tasks: Sequence[Task], runner: Runner, make_part:
     prefixes = dict(enumerate(file_prefixes(job.source.files))) if (changes & PREFIX).any() else {}
     changed = []
     for task, own, found in zip(tasks, rows, np.split(changes, ends[:-1]), strict=True):
-        every = np.zeros(sum(segment.rows for segment in task.part.segments), np.uint8)
+        every = np.zeros(task.part.records, np.uint8)
         every[own] = found
         own_files = {segment.file for segment in task.part.segments} & prefixes.keys()
         new = Task(task.part, task.repeats, every.tobytes(), {file: prefixes[file] for file in own_files})
