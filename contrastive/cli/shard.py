@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.dest}: {_counted(manifest.pairs, 'pair')} in {_counted(len(manifest.shards), 'shard')}")
     for line in manifest.notes:
         print(f"  {line}")
-    for reason, count in (Counter(manifest.skipped) - Counter(source.rejected)).items():
+    for reason, count in (Counter(manifest.skipped) - Counter(source.rejected)).most_common():
         remedy = hint(reason)
         print(f"  skipped: {count:,} ({reason}{remedy and '; '}{remedy})")
     if (listed := Path(args.dest) / REJECTED).exists():

@@ -84,7 +84,7 @@ def data_card(index: ShardIndex, *, context: int, count_tokens: CountTokens | No
             },
             "structure": {
                 "correlation of neighbouring pixels": images["neighbours"],
-                "entropy of a word behind its predecessor, bits": _conditional_entropy(words),
+                "entropy of a word after the one before it, bits": _conditional_entropy(words),
             },
             "information": {
                 "bits a pixel, as stored": images["bits_a_pixel"],

@@ -111,11 +111,8 @@ def _no_caption(source: Source) -> tuple[str, str]:
 
 
 def _example(row: SkippedRow | None) -> str:
-    if row is None:
-        return ""
-    if row.detail and row.place:
-        return f" ({row.place}: {row.detail})"
-    return f" ({row.detail or row.place or row.key})"
+    shown = [part for part in (row.detail or row.key, row.place) if part] if row else []
+    return f" (such as {', '.join(shown)})" if shown else ""
 
 
 def _no_rows(source: Source) -> str:

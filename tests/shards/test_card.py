@@ -45,7 +45,7 @@ def test_entropies_are_those_of_the_words(shards: Shards) -> None:
     captions = ("a b", "a c", "a b", "a c")
     card = data_card(shards([Record(str(i), encoded(i), (c,)) for i, c in enumerate(captions)]), context=77)
     assert card["modalities"]["distribution"]["entropy of words, bits"] == pytest.approx(1.5)
-    assert card["modalities"]["structure"]["entropy of a word behind its predecessor, bits"] == pytest.approx(1.0)
+    assert card["modalities"]["structure"]["entropy of a word after the one before it, bits"] == pytest.approx(1.0)
 
 
 def test_relevance_is_one_for_captions_that_name_the_image_and_a_half_for_captions_at_random(shards: Shards) -> None:
