@@ -92,9 +92,7 @@ class PairLoader:
         }
         self.identity: dict[str, Any] = {**self.place.identity, "transform": transform}
         used = preprocessing if augment is None else None
-        if used is not None and not (
-            used.plain and used.size[0] == image_size
-        ):
+        if used is not None and not (used.plain and used.size[0] == image_size):
             transform["preprocessing"] = used.geometry
         height, width = (image_size, image_size) if used is None else used.size
         self._room = global_batch // world * height * width * 3  # bytes of a batch's pixels

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 from contrastive.errors import UserError
 
@@ -25,7 +27,7 @@ class Lines:
     def __init__(self, path: Path, at: int = 0, line: int = 1) -> None:
         self.path, self.at, self.number = path, at, line - 1
         self.bad: list[int] = []
-        self._file = open(path, "rb")
+        self._file: BinaryIO = open(path, "rb")
         if at == 0:
             mark = self._file.read(4)
             encoding = next((name for start, name in BYTE_ORDER_MARKS.items() if mark.startswith(start)), None)
@@ -46,11 +48,12 @@ class Lines:
         if self._waiting:
             piece = self._waiting.pop()
         else:
-            piece = b"" if self._file.closed else self._file.readline()
+            piece = self._file.readline()
             if not piece:
                 self._file.close()
+                self._file = io.BytesIO()  # at its end too
                 raise StopIteration
-            if piece.find(b"\r", 0, -2) >= 0 or (piece[-2:-1] == b"\r" and piece[-1:] != b"\n"):
+            if b"\r" in piece and piece.count(b"\r") > (piece[-2:] == b"\r\n"):
                 # a carriage return alone ends a line too, as in Python's text files
                 self._waiting = [part for part in re.split(rb"(?<=\r)(?!\n)", piece) if part][::-1]
                 piece = self._waiting.pop()
