@@ -1,28 +1,58 @@
 """A folder (or a list) of image files."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
-from contrastive.errors import UserError
 from contrastive.shards.files import read_regular
-from contrastive.shards.record import Part, Record, Source
+from contrastive.shards.listing import Listing, unread_reason
+from contrastive.shards.record import Part, Record, SkippedRow, Source
+from contrastive.shards.scan import caption_text
+
+SAMPLE = 1000  # caption files that are read at opening, to see whether they have several lines
 
 
 class ImageFolder(Source):
     """Image files; the key is the path below the folder, with its extension.
 
-    With sidecars (cat.jpg beside cat.txt) every line that is not empty is a caption, the first being *the*
-    caption. Without any, when all images lie in sub-folders, the label is the name of the first sub-folder.
+    The text of cat.txt, without white space at its ends, is the one caption of cat.jpg. Names are compared without
+    regard to case where no name is exactly the same. Without any such file, images in sub-folders have the name of
+    their sub-folder as label.
+
+    Args:
+        root: the folder; None for a list of files, which has no labels.
+        split_level: the level of folders below it that are splits, and no classes.
+        found: the files; those that are no image and no caption are counted in `rejected`.
     """
 
     kind = "images"
 
-    def __init__(self, root: Path | None, files: list[Path]) -> None:
-        self.root = root if root is not None else Path(os.path.commonpath([file.parent for file in files]))
-        self.files, self.columns = files, []
-        has_sidecar = any(file.with_suffix(".txt").exists() for file in files)
-        self.labelled = root is not None and not has_sidecar and all(file.parent != root for file in files)
+    def __init__(self, root: Path | None, found: Listing, split_level: int | None = None) -> None:
+        self.files, self.columns = found.images, []
+        self.root = root if root is not None else Path(os.path.commonpath([file.parent for file in self.files]))
+        self._texts = Captions(found.images, found.texts)
+        self._split_level = split_level
+        parents = {self._folders(file) for file in self.files}
+        self._level = None if root is None or self._texts.used else _class_level(parents)
+        self.labelled = self._level is not None
+        left = [(file, unread_reason(file)) for file in (*found.others, *found.tables, *found.shards, *found.packed)]
+        left += [(text, ".txt without an image") for text in found.texts if text not in self._texts.used]
+        self._left = [(self._key(file), reason) for file, reason in left]
+        self.left_out = Counter(reason for _, reason in left)
+        self._notes = [*self._caption_notes(), *self._class_notes(found.folders)]
+        if found.hidden:
+            self._notes.append(f"hidden: {found.hidden:,} images of a file or folder whose name begins with a dot")
+
+    @property
+    def notes(self) -> list[str]:
+        return self._notes
+
+    def rejections(self) -> Iterator[SkippedRow]:
+        return (SkippedRow(key, reason) for key, reason in self._left)
 
     def _count(self) -> int:
         return len(self.files)
@@ -39,22 +69,123 @@ class ImageFolder(Source):
 
     def _read(self, files: list[Path]) -> Iterator[Record]:
         for file in files:
-            name = file.relative_to(self.root)
             image, fault = read_regular(file)
+            captions, caption_fault, detail = self._texts.read(file)
             yield Record(
-                key=name.as_posix(),
+                key=self._key(file),
                 image=image,
-                captions=() if self.labelled else _captions(file.with_suffix(".txt")),
-                label=name.parts[0] if self.labelled else None,
-                fault=fault,
+                captions=captions,
+                label=self._label(file),
+                fault=fault or caption_fault,
+                detail=None if fault else detail,
             )
 
+    def _key(self, file: Path) -> str:
+        return file.relative_to(self.root).as_posix()
 
-def _captions(sidecar: Path) -> tuple[str, ...]:
-    try:
-        text = sidecar.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        return ()
-    except UnicodeDecodeError:
-        raise UserError(f"{sidecar}: not UTF-8; save it as UTF-8") from None
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    def _label(self, file: Path) -> str | None:
+        if self._level is None:
+            return None
+        folders = self._folders(file)
+        return folders[self._level] if len(folders) > self._level else None
+
+    def _folders(self, file: Path) -> tuple[str, ...]:
+        """The folders between the root and a file or folder, without the one that is a split."""
+        folders = file.relative_to(self.root).parts[:-1]
+        level = self._split_level
+        return folders if level is None else folders[:level] + folders[level + 1 :]
+
+    def _caption_notes(self) -> Iterator[str]:
+        if not self._texts.of:
+            return
+        without = len(self.files) - len(self._texts.of) - len(self._texts.faults)
+        if without:
+            yield f"{without:,} of {len(self.files):,} images have no caption: no .txt file of the same name"
+        sample = list(islice(self._texts.of, SAMPLE))
+        several = sum("\n" in "".join(self._texts.read(file)[0]) for file in sample)
+        if several:
+            all_ = f"the first {SAMPLE:,}" if len(self._texts.of) > SAMPLE else f"{len(sample):,}"
+            yield f"{several:,} of {all_} .txt files have several lines: each file is one caption"
+
+    def _class_notes(self, folders: Sequence[Path]) -> Iterator[str]:
+        if self._level is None:
+            return
+        parents = {self._folders(file) for file in self.files}
+        above = next(parts for parts in parents if len(parts) > self._level)[: self._level]
+        if above:
+            yield f"classes are the folders in {'/'.join(above)}/"
+        classes = {parts[self._level] for parts in parents if len(parts) > self._level}
+        level = [(*self._folders(path), path.name) for path in folders if path != self.root]
+        empty = sorted({path[-1] for path in level if path[:-1] == above} - classes)
+        if empty:
+            yield f"no image in the class folders: {_named(empty)}"
+        outside = [file.name for file in self.files if self._label(file) is None]
+        if outside:
+            yield f"{len(outside):,} images lie beside the class folders and have no label: {_named(outside)}"
+
+
+class Captions:
+    """The caption files of images.
+
+    of: image to caption file. used: the caption files that belong to an image. faults: images whose caption is not
+    clear, with (reason, detail).
+    """
+
+    def __init__(self, images: Sequence[Path], texts: Sequence[Path]) -> None:
+        self.of: dict[Path, Path] = {}
+        self.used: set[Path] = set()
+        self.faults: dict[Path, tuple[str, str]] = {}
+        named: dict[tuple[Path, str], list[Path]] = {}
+        for text in texts:
+            named.setdefault((text.parent, text.stem.casefold()), []).append(text)
+        if not named:
+            return
+        owners: dict[Path, list[Path]] = {}
+        for image in images:
+            found = named.get((image.parent, image.stem.casefold()), [])
+            found = [text for text in found if text.stem == image.stem] or found
+            self.used.update(found)
+            if len(found) > 1:
+                self.faults[image] = "several caption files", " and ".join(text.name for text in found)
+            elif found:
+                owners.setdefault(found[0], []).append(image)
+        for text, own in owners.items():
+            own = [image for image in own if image.stem == text.stem] or own
+            if len(own) > 1:
+                names = f"{' and '.join(image.name for image in own)} with {text.name}"
+                self.faults.update((image, ("several images of one name", names)) for image in own)
+            else:
+                self.of[own[0]] = text
+
+    def read(self, image: Path) -> tuple[tuple[str, ...], str | None, str | None]:
+        """The caption as a tuple of one or none; why there is none, and the detail of that."""
+        if image in self.faults:
+            return (), *self.faults[image]
+        text = self.of.get(image)
+        data, fault = (None, None) if text is None else read_regular(text)
+        if fault:
+            return (), "text too long" if fault == "image too large" else "caption not a regular file", str(text)
+        if data is None:
+            return (), None, None
+        try:
+            caption = caption_text(data)
+        except UnicodeDecodeError:
+            return (), "caption not UTF-8", str(text)
+        return (caption,) if caption else (), None, None
+
+
+def _class_level(parents: set[tuple[str, ...]]) -> int | None:
+    """The level of folders that are classes, 0 for the first; None where no image lies in a folder.
+
+    A folder that holds all others, with no image of its own, is no class: classes are the folders in it.
+    """
+    if not any(parents):
+        return None
+    level = 0
+    while len({parts[: level + 1] for parts in parents}) == 1 and all(len(parts) > level + 1 for parts in parents):
+        level += 1
+    return level
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")

@@ -16,12 +16,15 @@ from contrastive.shards.record import Segment
 from contrastive.shards.tables import Row
 
 
+def saved_splits(folder: Path) -> list[str]:
+    """The splits of a folder that `DatasetDict.save_to_disk` wrote; [] for any other folder."""
+    if not (folder / "dataset_dict.json").is_file():
+        return []
+    return [str(split) for split in _json(folder / "dataset_dict.json").get("splits", [])]
+
+
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `folder` was written by `save_to_disk`. Raises UserError for a folder of several splits."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = _json(folder / "dataset_dict.json").get("splits", [])
-        named = ", ".join(str(folder / str(split)) for split in splits)
-        raise UserError(f"{folder}: holds several splits; give one of them: {named}")
+    """Whether `folder` was written by `Dataset.save_to_disk`, which writes one split."""
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 

@@ -19,8 +19,10 @@ import numpy as np
 
 from contrastive.errors import UserError
 from contrastive.shards import storage
+from contrastive.shards.index_keys import unique_keys
 from contrastive.shards.record import MAX_CAPTION_BYTES, Record, Rejected
-from contrastive.shards.scan import Scan, caption_id, json_fault, scan_shard, sha256_of
+from contrastive.shards.scan import Scan, caption_id, caption_text, json_captions, json_fault, scan_shard, sha256_of
+from contrastive.shards.shard_list import PathLike, Shard, find_shards
 from contrastive.shards.tables_file import load_tables, save_tables
 from contrastive.shards.tar import DamagedShard
 
@@ -29,8 +31,6 @@ __all__ = ["PathLike", "ShardIndex", "caption_id", "find_shards", "open_index"]
 VERSION = 4
 TOGETHER = 2048  # bytes between two members of which to read through is cheaper than to read twice
 OPEN_FILES = 64  # far below the usual limit of 1,024
-PathLike = str | os.PathLike[str]
-Shard = Path | str  # a URL is a string
 
 
 class ShardIndex:
@@ -75,6 +75,14 @@ class ShardIndex:
     def repeated_images(self) -> int:
         return int(self.manifest["repeated_images"])
 
+    @property
+    def notes(self) -> list[str]:
+        """One-line remarks on how the shards were read."""
+        renamed = self.manifest["renamed"]
+        if not renamed:
+            return []
+        return [f"{renamed:,} keys occur in several shards with other content: the shard's name was put before them"]
+
     def key(self, i: int) -> str:
         """The sample's name."""
         ends = self._tables["key_ends"]
@@ -87,13 +95,15 @@ class ShardIndex:
 
     def caption(self, i: int) -> str:
         """The first caption."""
+        if not self.sizes[i, 1]:  # no .txt, which is never empty here
+            return self._json_captions(i)[0]
         return _text(self._read(i, 1))
 
     def pair(self, i: int) -> tuple[bytes | memoryview, str]:
         """`image` and `caption`, by one read and without a copy where they lie together, as in shards that we write."""
         (image_at, text_at, _), (image_size, text_size, _) = self._places[i].tolist(), self.sizes[i].tolist()
         first, last = min(image_at, text_at), max(image_at + image_size, text_at + text_size)
-        if last - first > image_size + text_size + TOGETHER:
+        if not text_size or last - first > image_size + text_size + TOGETHER:
             return self.image(i), self.caption(i)
         data = memoryview(self._bytes(int(self.shard[i]), last - first, first))
         image = data[image_at - first : image_at - first + image_size]
@@ -105,15 +115,19 @@ class ShardIndex:
 
     def variants(self, i: int) -> tuple[str, ...]:
         """The captions of a sample besides the first."""
+        if not self.sizes[i, 1]:
+            return tuple(filter(_fits, self._json_captions(i)[1:]))
         return _variants(self.caption(i), self._json(i))
 
     def record(self, i: int) -> Record:
         """Everything that the shard holds of sample i."""
         meta = self._json(i)
         caption = self.caption(i)
-        captions = (caption, *_variants(caption, meta))
+        captions = (caption, *self.variants(i))
         label = meta.pop("label", None)
         meta.pop("captions", None)
+        if not self.sizes[i, 1]:
+            meta = {name: value for name, value in meta.items() if value != caption}
         return Record(self.key(i), self.image(i), captions, None if label is None else str(label), meta)
 
     def verify(self) -> None:
@@ -138,6 +152,12 @@ class ShardIndex:
             raise Rejected("shard changed since indexing")
         value = json.loads(data)
         return value if isinstance(value, dict) else {}
+
+    def _json_captions(self, i: int) -> tuple[str, ...]:
+        captions = json_captions(self._json(i))
+        if not captions:  # there was one when it was indexed
+            raise Rejected("shard changed since indexing")
+        return captions
 
     def _read(self, i: int, part: int) -> bytes:
         return self._bytes(int(self.shard[i]), int(self.sizes[i, part]), int(self._places[i, part]))
@@ -233,27 +253,9 @@ def open_index(path: PathLike | Sequence[PathLike], *, skip_damaged: bool = Fals
         others = ", ".join(f".{extension}" for extension in manifest["ignored"])
         raise UserError(
             f"{path}: no pair in {len(shards)} shards ({found_instead}{f'; also members {others}' if others else ''}); "
-            "a pair is key.jpg beside key.txt"
+            "a pair is key.jpg with key.txt, or with a caption in key.json"
         )
     return index
-
-
-def find_shards(path: PathLike | Sequence[PathLike]) -> list[Shard]:
-    """The shards that a folder, a file name, a URL, a glob or a list stands for, sorted by name."""
-    if not isinstance(path, str | os.PathLike):
-        found: list[Shard] = [shard for part in path for shard in _expand(part)]
-    else:
-        found = _expand(path)
-    for shard in found:
-        if isinstance(shard, Path) and shard.suffix != ".tar":
-            raise UserError(f"{shard}: not a .tar shard (compressed tars cannot be read by offset: unpack them first)")
-        if isinstance(shard, Path) and not shard.exists():
-            raise UserError(f"{shard}: no such shard")
-    return sorted(found, key=str)
-
-
-def _expand(path: PathLike) -> list[Shard]:
-    return [shard if storage.is_remote(shard) else Path(shard) for shard in storage.expand(path)]
 
 
 def _place(path: PathLike | Sequence[PathLike], shards: list[Shard]) -> tuple[Path, str]:
@@ -281,7 +283,7 @@ def _build(shards: list[Shard], stats: np.ndarray, skip_damaged: bool) -> tuple[
             raise UserError(str(fault)) from None
     if damaged and not skip_damaged:
         raise UserError(_tell(shards, damaged))
-    rejected = _reject_repeated_keys(shards, scans)
+    rejected, renamed = unique_keys([_name(shard) for shard in shards], scans)
     rows = [(number, row) for number, scan in enumerate(scans) for row in scan.rows]
     keys = [row.key.encode("utf-8", "surrogateescape") for _, row in rows]
     tables: dict[str, np.ndarray] = {
@@ -305,24 +307,12 @@ def _build(shards: list[Shard], stats: np.ndarray, skip_damaged: bool) -> tuple[
         "pairs": len(rows),
         "repeated_images": len(rows) - len(np.unique(tables["image_ids"])),
         "shards": described,
+        "renamed": renamed,
         "damaged": damaged,
         "rejected": rejected,
         "ignored": dict(sorted(sum((scan.ignored for scan in scans), Counter[str]()).items())),
     }
     return manifest, tables
-
-
-def _reject_repeated_keys(shards: list[Shard], scans: list[Scan]) -> list[dict[str, str]]:
-    """What is left out of each shard; of pairs with one key, in whatever shards, the first stays."""
-    rejected = []
-    seen: set[str] = set()
-    for shard, scan in zip(shards, scans, strict=True):
-        kept = [row for row in scan.rows if row.key not in seen]
-        repeated = [(row.key, "duplicate key") for row in scan.rows if row.key in seen]
-        seen.update(row.key for row in kept)
-        rejected += [{"shard": _name(shard), "key": key, "reason": why} for key, why in [*scan.rejected, *repeated]]
-        scan.rows = kept
-    return rejected
 
 
 def _tell(shards: list[Shard], damaged: dict[str, str]) -> str:
@@ -345,7 +335,7 @@ def _name(shard: Shard) -> str:
 
 def _text(data: bytes) -> str:
     try:
-        return data.decode("utf-8").strip()
+        return caption_text(data)
     except UnicodeDecodeError:  # it was UTF-8 when it was indexed
         raise Rejected("shard changed since indexing") from None
 
@@ -381,7 +371,7 @@ def _load(saved: Path, shards: list[Shard], stats: np.ndarray) -> tuple[dict[str
         if manifest["version"] != VERSION or names != [_name(shard) for shard in shards]:
             return None
         tables = load_tables(saved, manifest["fingerprint"])
-        known = {"pairs", "repeated_images", "damaged", "rejected", "ignored"} <= manifest.keys()
+        known = {"pairs", "repeated_images", "renamed", "damaged", "rejected", "ignored"} <= manifest.keys()
         if tables is None or not known or not np.array_equal(tables["stats"], stats):
             return None
         rows = {

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -99,6 +100,7 @@ class Source:
     columns: list[str]
     files: list[Path]
     limit: int | None = None
+    left_out: Mapping[str, int] = MappingProxyType({})  # what `rejected` gives, where a class has nothing else to say
 
     def __iter__(self) -> Iterator[Record]:
         return itertools.islice(self._records(), self.limit)
@@ -111,7 +113,7 @@ class Source:
 
     @property
     def rejected(self) -> Mapping[str, int]:
-        return {}
+        return self.left_out
 
     def rejections(self) -> Iterator["SkippedRow"]:
         """What `rejected` counts, one by one, where the source knows more than counts."""

@@ -1,7 +1,9 @@
 """What one shard holds: which members make pairs, and why the others do not. Reads headers, texts and first bytes only.
 
 A pair is KEY.jpg (or another image extension) and KEY.txt, with KEY.json if there is one, anywhere in the same shard.
-As in webdataset, a key ends at the first dot of the file's name.
+Without KEY.txt the caption is that of KEY.json. As in webdataset, a key ends at the first dot of the file's name, so
+that KEY.mask.png is another member of the sample KEY. Where that leaves no image for KEY, the last dot counts: a.1.jpg
+and a.1.txt are a pair.
 """
 
 import hashlib
@@ -15,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from contrastive.shards.listing import is_hidden
 from contrastive.shards.record import (
     FIRST_BYTES,
     IMAGE_EXTENSIONS,
@@ -23,6 +26,7 @@ from contrastive.shards.record import (
     MAX_JSON_BYTES,
     image_extension,
 )
+from contrastive.shards.tables import CAPTION_NAMES
 from contrastive.shards.tar import DamagedShard, Member, members
 
 MAX_DEPTH = 32  # of nested lists and objects in a .json member
@@ -63,6 +67,7 @@ def scan_shard(path: Path) -> Scan:
     """Raises DamagedShard, see `members`; also for a member that is code, and for more members than can be held."""
     found = Scan(size=path.stat().st_size)
     samples: dict[str, dict[str, Member]] = {}
+    dotted: list[tuple[Member, str, str, str]] = []
     length = 0  # of all names
     for count, member in enumerate(members(path), 1):
         length += len(member.name)
@@ -74,20 +79,24 @@ def scan_shard(path: Path) -> Scan:
         extension = extension.lower()
         if _is_code(extension):
             raise DamagedShard(path, member.offset - 512, f"{member.name!r} is code or a pickle, which no shard holds")
-        kind = "image" if extension in IMAGE_EXTENSIONS else extension
-        if not stem or kind not in ("image", "txt", "json"):
-            known = extension in found.ignored or len(found.ignored) < MAX_KINDS
-            found.ignored[extension if known else "others"] += 1
-            continue
+        if not stem or (folder and _in_hidden(folder)):
+            continue  # ._cat.jpg, __MACOSX/cat.jpg
         key = f"{folder}/{stem}" if folder else stem
-        parts = samples.setdefault(key, {})
-        if kind in parts:
-            found.rejected.append((key, "duplicate key"))
-        parts.setdefault(kind, member)
+        kind = "image" if extension in IMAGE_EXTENSIONS else extension
+        if kind in ("image", "txt", "json"):
+            _add(found, samples, key, kind, member)
+        elif "." in extension:
+            dotted.append((member, key, extension, base))
+        else:
+            _ignore(found, extension)
+    _add_dotted(found, samples, dotted)
+    _join_cases(samples)
     with open(path, "rb") as file:
         for key, parts in samples.items():
             image, text, info = (parts.get(kind, _NONE) for kind in ("image", "txt", "json"))
-            reason, caption = _look(file.fileno(), image, text, info)
+            reason, caption = "several images of one name" if "second" in parts else "", ""
+            if not reason:
+                reason, caption = _look(file.fileno(), image, text, info)
             if reason:
                 found.rejected.append((key, reason))
                 continue
@@ -96,6 +105,64 @@ def scan_shard(path: Path) -> Scan:
             found.rows.append(Row(key, offsets, sizes, caption_id(caption), quick_image_id(data)))
     found.sha256 = sha256_of(path)
     return found
+
+
+def _add(found: Scan, samples: dict[str, dict[str, Member]], key: str, kind: str, member: Member) -> None:
+    parts = samples.setdefault(key, {})
+    if kind not in parts:
+        parts[kind] = member
+    elif kind == "image" and _extension(member.name) != _extension(parts[kind].name):
+        parts["second"] = member  # cat.jpg and cat.png: which one the caption is of, nobody can tell
+    else:
+        found.rejected.append((key, "duplicate key"))
+
+
+def _add_dotted(found: Scan, samples: dict[str, dict[str, Member]], dotted: list[tuple[Member, str, str, str]]) -> None:
+    """Members whose name has several dots: pairs of their own, or further members of the sample that is named first."""
+    kinds: dict[str, set[str]] = {}
+    for _, key, extension, _ in dotted:
+        more, _, last = extension.rpartition(".")
+        kinds.setdefault(f"{key}.{more}", set()).add("image" if last in IMAGE_EXTENSIONS else last)
+    plain = {key for key, parts in samples.items() if "image" in parts}
+    for member, key, extension, base in dotted:
+        more, _, last = extension.rpartition(".")
+        kind = "image" if last in IMAGE_EXTENSIONS else last
+        own = kinds[f"{key}.{more}"]
+        if kind not in ("image", "txt", "json") or (key in plain and not {"image", "txt"} <= own):
+            _ignore(found, extension)
+        elif key in plain:
+            if kind == "image":
+                found.rejected.append((f"{key}.{more}", "pair that may belong to another, by its first dot"))
+        else:
+            folder = member.name[: len(member.name) - len(base)]
+            _add(found, samples, folder + base.rpartition(".")[0], kind, member)
+
+
+def _join_cases(samples: dict[str, dict[str, Member]]) -> None:
+    """Let IMG_1.JPG and img_1.txt be a pair, where no name is exactly the same and no other is as like."""
+    lonely: dict[str, list[str]] = {}
+    for key, parts in samples.items():
+        if ("image" in parts) != ("txt" in parts):
+            lonely.setdefault(key.casefold(), []).append(key)
+    for keys in lonely.values():
+        images = [key for key in keys if "image" in samples[key]]
+        if len(keys) == 2 and len(images) == 1:
+            (other,) = {*keys} - {*images}
+            samples[images[0]] = {**samples.pop(other), **samples[images[0]]}
+
+
+def _ignore(found: Scan, extension: str) -> None:
+    known = extension in found.ignored or len(found.ignored) < MAX_KINDS
+    found.ignored[extension if known else "others"] += 1
+
+
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+@lru_cache(maxsize=1024)
+def _in_hidden(folder: str) -> bool:
+    return any(map(is_hidden, folder.split("/")))
 
 
 @lru_cache(maxsize=1024)  # a shard has few extensions and many members
@@ -117,21 +184,57 @@ def sha256_of(path: Path) -> str:
 
 def _look(file: int, image: Member, text: Member, info: Member) -> tuple[str, str]:
     """Why a sample is no pair ("" if it is one), and its caption."""
-    if image is _NONE or text is _NONE:
+    if image is _NONE or (text is _NONE and info is _NONE):
         return ("no image" if image is _NONE else "no caption"), ""
     if image.size > MAX_IMAGE_BYTES:
         return "image too large", ""
     if text.size > MAX_CAPTION_BYTES or info.size > MAX_JSON_BYTES:
         return "text too long", ""
-    try:
-        caption = os.pread(file, text.size, text.offset).decode("utf-8").strip()
-    except UnicodeDecodeError:
-        return "caption not UTF-8", ""
-    if not caption:
-        return "empty caption", ""
+    caption = ""
+    if text is not _NONE:
+        try:
+            caption = caption_text(os.pread(file, text.size, text.offset))
+        except UnicodeDecodeError:
+            return "caption not UTF-8", ""
+        if not caption:
+            return "empty caption", ""
     if image_extension(os.pread(file, FIRST_BYTES, image.offset)) is None:
         return "not an image", ""
-    return json_fault(os.pread(file, info.size, info.offset)) if info.size else "", caption
+    data = os.pread(file, info.size, info.offset)
+    if data and (fault := json_fault(data)):
+        return fault, ""
+    return ("", caption) if caption else _of_json(data)
+
+
+def caption_text(data: bytes) -> str:
+    """The caption of a .txt file: all of it, without a byte order mark and white space at its ends.
+
+    Raises UnicodeDecodeError where it is not UTF-8.
+    """
+    return data.decode("utf-8").removeprefix("\ufeff").strip()
+
+
+def _of_json(data: bytes) -> tuple[str, str]:
+    captions = json_captions(json.loads(data)) if data else ()
+    if not captions:
+        return "no caption", ""
+    try:
+        size = len(captions[0].encode())
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON can spell one
+        return "caption not UTF-8", ""
+    return ("text too long", "") if size > MAX_CAPTION_BYTES else ("", captions[0])
+
+
+def json_captions(value: object) -> tuple[str, ...]:
+    """The captions in a .json member: of the first of CAPTION_NAMES that holds a text or a list of texts."""
+    if not isinstance(value, dict):
+        return ()
+    for name in (*CAPTION_NAMES, "captions"):
+        found = value.get(name)
+        texts = [text.strip() for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
+        if any(texts):
+            return tuple(dict.fromkeys(filter(None, texts)))
+    return ()
 
 
 def json_fault(data: bytes) -> str:

@@ -2,58 +2,26 @@
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from contrastive.errors import UserError
 from contrastive.shards.csv_table import CsvSource
 from contrastive.shards.folder import ImageFolder
-from contrastive.shards.hf_disk import DiskSource, is_saved_dataset
-from contrastive.shards.index import PathLike, ShardIndex, open_index
+from contrastive.shards.hf_disk import DiskSource, is_saved_dataset, saved_splits
+from contrastive.shards.index import PathLike, open_index
 from contrastive.shards.json_lines import JsonLinesSource
+from contrastive.shards.json_sets import JsonSet
+from contrastive.shards.listing import TABLES, Listing, list_files, list_folder, packed_error, unread_reason
+from contrastive.shards.metadata import count_unnamed, metadata_tables
 from contrastive.shards.parquet_table import ParquetSource
-from contrastive.shards.record import IMAGE_EXTENSIONS, Part, Record, Rejected, SkippedRow, Source
+from contrastive.shards.record import Source
+from contrastive.shards.shard_source import ShardSource
+from contrastive.shards.splits import choose_split, group_by_split, split_level, wanted_splits
 from contrastive.shards.tables import TableSource
-
-
-class ShardSource(Source):
-    """The pairs of existing tar shards, in order."""
-
-    kind = "shards"
-
-    def __init__(self, index: ShardIndex) -> None:
-        self.index, self.columns = index, []
-
-    @property
-    def rejected(self) -> Mapping[str, int]:
-        return self.index.rejected if self.limit is None else {}
-
-    def rejections(self) -> Iterator[SkippedRow]:
-        for one in self.index.manifest["rejected"] if self.limit is None else ():
-            yield SkippedRow(one["key"], one["reason"], place=one["shard"])
-
-    def identity(self) -> dict[str, Any]:
-        return {"kind": self.kind, "fingerprint": self.index.fingerprint, "limit": self.limit}
-
-    def _row_starts(self) -> Iterator[Iterable[int]]:
-        yield range(len(self.index))
-
-    def read(self, part: Part) -> Iterator[Record]:
-        for segment in part.segments:
-            yield from map(self._record, range(segment.at, segment.at + segment.rows))
-
-    def _records(self) -> Iterator[Record]:
-        return map(self._record, range(len(self.index)))
-
-    def _record(self, i: int) -> Record:
-        try:
-            return self.index.record(i)
-        except Rejected as rejected:
-            return Record(self.index.key(i), None, fault=rejected.reason)
-
-    def _count(self) -> int:
-        return len(self.index)
 
 
 def open_source(
@@ -65,111 +33,201 @@ def open_source(
     limit: int | None = None,
     allow_outside: bool = True,
     group: bool | None = None,
+    split: str | None = None,
+    images: str | None = None,
 ) -> Source:
     """Open a folder, file, glob or list of files as a stream of records; nothing is decoded.
 
-    Tables (.parquet, .csv, .tsv, .jsonl): `image`, `caption` and `label` name the columns, and are guessed
-    from the usual names where not given. The image is bytes (Parquet) or a path relative to the table.
-    Rows with the same image are one record with several captions: where the image column is text (group=None), also
-    where it holds bytes (True), nowhere (False). `limit` counts records.
-    Without `allow_outside`, a path that leaves the table's folder is not read: the record's fault says so.
-    Folders: of .tar shards, of images (with sidecar .txt captions, or one sub-folder a class), of tables, or
-    written by `save_to_disk` of Hugging Face's `datasets`.
+    `docs/shards.md` lists the kinds of input. Files that are not read are counted in `rejected`.
 
-    Raises UserError: no such path, empty folder, mixed kinds, no such column (the columns found are listed).
+    Args:
+        path: a folder of .tar shards, of images, of tables, or written by `save_to_disk` of Hugging Face's `datasets`;
+            a table (.parquet, .csv, .tsv, .jsonl), COCO's or Karpathy's .json; a glob or a list of files of one kind.
+        image, caption, label: columns of a table, guessed from the usual names where None. The image is bytes
+            (Parquet) or a path relative to the table.
+        limit: read the first records only.
+        allow_outside: also read paths that leave the folder of the table; else the record's fault says so.
+        group: rows of a table with the same image are one record with several captions: where the image column is text
+            (None), also where it holds bytes (True), nowhere (False). `limit` counts records.
+        split: the split to read, where there are several: "train", or "train+val".
+        images: the folder of the images that a .json names; looked for next to it where None.
+
+    Raises UserError: no such path, empty folder, mixed kinds, several splits and none chosen, no such column (the
+    columns found are listed).
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: give at least 1")
-    source = _open(path, image, caption, label, group)
+    source = _open(path, _Asked(image, caption, label, group, split, images))
     source.limit = limit
-    if isinstance(source, TableSource):
+    if isinstance(source, TableSource | JsonSet):
         source.allow_outside = allow_outside
     return source
 
 
-def _open(
-    path: PathLike | Sequence[PathLike],
-    image: str | None,
-    caption: str | None,
-    label: str | None,
-    group: bool | None,
-) -> Source:
-    if isinstance(path, str | os.PathLike) and is_saved_dataset(Path(path)):
-        return DiskSource(Path(path), image, caption, label, group)
-    root, files = _expand(path)
-    kind = _kind(path, files)
-    if kind in ("shards", "images") and (image or caption or label):
-        raise UserError(f"{path}: columns can be named for a table only, and this is a set of {kind}")
-    if kind == "shards":
-        return ShardSource(open_index(path if root is not None else files))
-    if kind == "images":
-        return ImageFolder(root, files)
-    tables = {"parquet": ParquetSource, "csv": CsvSource, "jsonl": JsonLinesSource}
-    return tables[kind](files, image, caption, label, group)
+@dataclass(frozen=True)
+class _Asked:
+    image: str | None
+    caption: str | None
+    label: str | None
+    group: bool | None
+    split: str | None
+    images: str | None
+
+    def table(self, files: list[Path]) -> TableSource:
+        kinds: dict[str, Any] = {"parquet": ParquetSource, "csv": CsvSource, "jsonl": JsonLinesSource}
+        return kinds[_table_kind(files[0])](files, self.image, self.caption, self.label, self.group)
+
+    def refuse(self, path: object, kind: str, *, columns: bool = True, split: bool = True, images: bool = True) -> None:
+        """Raise UserError for arguments that mean nothing for this kind of source."""
+        if columns and (self.image or self.caption or self.label):
+            raise UserError(f"{path}: columns can be named for a table only, and this is a set of {kind}")
+        if split and self.split:
+            raise UserError(f"--split {self.split}: {path} holds no splits; leave it out")
+        if images and self.images:
+            raise UserError(f"--images {self.images}: is for COCO's .json files, and {path} is a set of {kind}")
 
 
-_KINDS = {
-    "parquet": "parquet",
-    "csv": "csv",
-    "tsv": "csv",
-    "jsonl": "jsonl",
-    "tar": "shards",
-}
-_KINDS.update(dict.fromkeys(IMAGE_EXTENSIONS, "images"))
-
-
-def _suffix_kind(file: Path) -> str | None:
-    return _KINDS.get(file.suffix[1:].lower())
-
-
-def _expand(path: PathLike | Sequence[PathLike]) -> tuple[Path | None, list[Path]]:
-    """The folder, where the path is one, and the files that it stands for."""
+def _open(path: PathLike | Sequence[PathLike], asked: _Asked) -> Source:
     if not isinstance(path, str | os.PathLike):
-        files = [Path(p) for p in path]
-    elif Path(path).is_dir():
-        return Path(path), _folder_files(Path(path))
-    elif Path(path).exists():
-        files = [Path(path)]
-    else:
-        files = sorted(Path(p) for p in glob.glob(os.fspath(path), recursive=True))
-    if not files:
+        return _open_files(path, [_existing(Path(one)) for one in path], asked)
+    if Path(path).is_dir():
+        return _open_folder(Path(path), asked)
+    if Path(path).exists():
+        return _open_files(path, [_existing(Path(path))], asked)
+    found = sorted(Path(one) for one in glob.glob(os.fspath(path), recursive=True))
+    if not found:
         raise UserError(f"{path}: no such file or folder")
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: {'a folder in a list of files' if file.is_dir() else 'no such file'}")
-    return None, files
+    return _open_files(path, [_existing(file) for file in found], asked)
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    """Shards come first, then images at any depth, then tables: one beside images must be named."""
-    top = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    shards = [p for p in top if p.suffix == ".tar"]
-    if shards:
-        return shards
-    images = sorted(p for p in _below(folder) if _suffix_kind(p) == "images" and not p.name.startswith("."))
-    if images:
-        return images
-    for kind in ("parquet", "jsonl", "csv"):
-        tables = [p for p in top if _suffix_kind(p) == kind]
-        if tables:
-            return tables
-    raise UserError(f"{folder}: no images, tables (.parquet, .csv, .tsv, .jsonl) or .tar shards in this folder")
+def _existing(file: Path) -> Path:
+    if not file.is_file():
+        raise UserError(f"{file}: {'a folder in a list of files' if file.is_dir() else 'no such file'}")
+    return file
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Files at any depth; a folder that links lead to again is gone through once."""
-    seen: set[str] = set()
-    for at, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(at))
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(at, name)) not in seen]
-        yield from (Path(at) / name for name in names)
-
-
-def _kind(path: PathLike | Sequence[PathLike], files: list[Path]) -> str:
-    kinds = {_suffix_kind(file) for file in files}
-    if None in kinds:
-        odd = next(file for file in files if _suffix_kind(file) is None)
-        raise UserError(f"{odd}: unknown kind of file; known are .parquet, .csv, .tsv, .jsonl, .tar and images")
+def _open_files(path: PathLike | Sequence[PathLike], files: list[Path], asked: _Asked) -> Source:
+    if len(files) == 1 and files[0].suffix.lower() == ".json":
+        asked.refuse(path, "COCO or Karpathy captions", split=False, images=False)
+        return JsonSet(files[0], asked.images, asked.split)
+    found = list_files(files)
+    if found.packed:
+        raise packed_error(found.packed)
+    kinds = {_table_kind(file) for file in found.tables}
+    kinds |= {"images"} if found.images else set()
+    kinds |= {"shards"} if found.shards else set()
+    odd = found.others if found.images else [*found.others, *found.texts]
+    if not kinds or (odd and not found.images):
+        known = ".parquet, .csv, .tsv, .jsonl, .json (COCO), .tar and images"
+        raise UserError(f"{odd[0] if odd else path}: unknown kind of file; known are {known}")
     if len(kinds) > 1:
-        raise UserError(f"{path}: files of several kinds ({', '.join(sorted(map(str, kinds)))}); give one kind")
-    return str(kinds.pop())
+        raise UserError(f"{path}: files of several kinds ({', '.join(sorted(kinds))}); give one kind")
+    if found.images:
+        asked.refuse(path, "images")
+        return ImageFolder(None, found)
+    if asked.split is not None:
+        root = Path(os.path.commonpath([file.parent for file in files]))
+        files = choose_split(path, group_by_split(root, files, least=1), asked.split)
+    if found.shards:
+        asked.refuse(path, "shards", split=False)
+        return ShardSource(open_index(files))
+    asked.refuse(path, "tables", columns=False, split=False)
+    return asked.table(files)
+
+
+def _open_folder(folder: Path, asked: _Asked) -> Source:
+    """Shards come first, then images, then tables."""
+    if splits := saved_splits(folder):
+        chosen = choose_split(folder, {name: [folder / name] for name in splits}, asked.split)
+        if len(chosen) > 1:
+            raise UserError(f"--split {asked.split}: {folder} was written by save_to_disk: give one split")
+        return _open_folder(chosen[0], replace(asked, split=None))
+    if is_saved_dataset(folder):
+        asked.refuse(folder, "rows", columns=False)
+        return DiskSource(folder, asked.image, asked.caption, asked.label, asked.group)
+    found = list_folder(folder)
+    if found.shards:
+        return _open_shards(folder, found, asked)
+    if found.images:
+        return _open_images(folder, found, asked)
+    if found.tables:
+        return _open_tables(folder, found, asked)
+    if found.packed:
+        raise packed_error(found.packed)
+    sets = [file for file in found.others if file.suffix.lower() == ".json"]
+    named = f"; to read {sets[0]}, give it by name" if sets else ""
+    raise UserError(f"{folder}: no images, tables (.parquet, .csv, .tsv, .jsonl) or .tar shards in this folder{named}")
+
+
+def _open_shards(folder: Path, found: Listing, asked: _Asked) -> Source:
+    asked.refuse(folder, "shards", split=False)
+    shards = _one_split(folder, found.shards, asked.split)
+    above = {shard.parent for shard in shards}
+    if asked.split is None and len(above) > 1:
+        if folder not in above:
+            raise _several_folders(folder, above, ".tar shards")
+        shards = [shard for shard in shards if shard.parent == folder]
+        above = {folder}
+    every = asked.split is None and {shard for shard in found.shards if shard.parent in above} == set(shards)
+    source = ShardSource(open_index(above.pop() if len(above) == 1 and every else shards))
+    elsewhere = len(found.shards) - len(shards) if asked.split is None else 0
+    more = Counter({".tar in another folder": elsewhere} if elsewhere else {})
+    source.left_out = more + Counter(map(unread_reason, [*found.packed, *found.images]))
+    return source
+
+
+def _open_images(folder: Path, found: Listing, asked: _Asked) -> Source:
+    groups = group_by_split(folder, found.images, by_name=False, least=1 if asked.split else 2)
+    level = None
+    if groups:
+        level = split_level(folder, found.images, least=1 if asked.split else 2)
+        assert level is not None
+        kept = (
+            set(wanted_splits(folder, groups, asked.split)) if asked.split else set(choose_split(folder, groups, None))
+        )
+        found = found.only(folder, level, kept)
+    elif asked.split:
+        asked.refuse(folder, "images")
+    metadata = metadata_tables(found)
+    if metadata:
+        source = asked.table(metadata)
+        if source.caption_column or source.label_column:
+            asked.refuse(folder, "images", columns=False, split=False)
+            source.left_out = count_unnamed(source, found)
+            return source
+    if any(table.suffix.lower() == ".parquet" for table in found.tables) and not found.texts:
+        table = next(table for table in found.tables if table.suffix.lower() == ".parquet")
+        raise UserError(f"{folder}: holds images and Parquet tables; give {table}, or a glob of the images")
+    asked.refuse(folder, "images", split=False)
+    return ImageFolder(folder, found, level)
+
+
+def _open_tables(folder: Path, found: Listing, asked: _Asked) -> Source:
+    asked.refuse(folder, "tables", columns=False, split=False)
+    tables = _one_split(folder, found.tables, asked.split)
+    above = {table.parent for table in tables}
+    if folder in above and asked.split is None:
+        tables = [table for table in tables if table.parent == folder]
+    elif len(above) > 1 and asked.split is None:
+        raise _several_folders(folder, above, "tables")
+    kinds = {_table_kind(table) for table in tables}
+    if len(kinds) > 1:
+        raise UserError(f"{folder}: holds tables of several kinds ({', '.join(sorted(kinds))}); give one by name")
+    source = asked.table(tables)
+    elsewhere = Counter(map(unread_reason, set(found.tables) - set(tables))) if asked.split is None else Counter()
+    source.left_out = elsewhere
+    return source
+
+
+def _one_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
+    groups = group_by_split(folder, files, by_name=True, least=2 if split is None else 1)
+    return choose_split(folder, groups, split) if groups or split else files
+
+
+def _several_folders(folder: Path, above: set[Path], what: str) -> UserError:
+    names = sorted(str(one.relative_to(folder)) for one in above)
+    return UserError(f"{folder}: {what} lie in several folders ({', '.join(names[:5])}); give one: {folder / names[0]}")
+
+
+def _table_kind(file: Path) -> str:
+    return TABLES[file.suffix[1:].lower()]

@@ -124,8 +124,16 @@ def test_shards_without_captions_are_an_error(tmp_path: Path) -> None:
         open_index(tmp_path)
 
 
-def test_of_two_images_of_one_key_the_first_stays_and_the_second_is_counted(tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", [("a.png", encoded(1)), ("a.jpg", encoded(2)), ("a.txt", b"which?")])
+def test_two_images_of_one_key_are_left_out_and_counted(tmp_path: Path) -> None:
+    files = [("a.png", encoded(1)), ("a.jpg", encoded(2)), ("a.txt", b"which?"), ("b.png", encoded(3)), ("b.txt", b"b")]
+    write_tar(tmp_path / "x.tar", files)
+    index = open_index(tmp_path)
+    assert [index.key(i) for i in range(len(index))] == ["b"]
+    assert index.rejected == {"several images of one name": 1}
+
+
+def test_of_two_members_of_one_name_the_first_stays_and_the_second_is_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", encoded(1)), ("a.png", encoded(2)), ("a.txt", b"which?")])
     index = open_index(tmp_path)
     assert index.image(0) == encoded(1)
     assert index.rejected == {"duplicate key": 1}

@@ -127,7 +127,7 @@ def test_sidecars_are_captions(images: Path) -> None:
     (images / "sub" / "x.txt").write_text("deep")
     found = [(r.key, r.captions, r.label) for r in open_source(images)]
     assert found == [
-        ("0.png", ("first", "second"), None),
+        ("0.png", ("first\n\nsecond",), None),
         ("1.png", (), None),
         ("2.png", (), None),
         ("sub/x.JPG", ("deep",), None),

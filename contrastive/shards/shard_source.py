@@ -1,0 +1,52 @@
+"""Existing tar shards as a source."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from contrastive.shards.index import ShardIndex
+from contrastive.shards.record import Part, Record, Rejected, SkippedRow, Source
+
+
+class ShardSource(Source):
+    """The pairs of existing tar shards, in order."""
+
+    kind = "shards"
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.index, self.columns = index, []
+
+    @property
+    def rejected(self) -> Mapping[str, int]:
+        found = self.index.rejected if self.limit is None else {}
+        return Counter(found) + Counter(self.left_out)
+
+    def rejections(self) -> Iterator[SkippedRow]:
+        for one in self.index.manifest["rejected"] if self.limit is None else ():
+            yield SkippedRow(one["key"], one["reason"], place=one["shard"])
+
+    @property
+    def notes(self) -> list[str]:
+        return self.index.notes
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.kind, "fingerprint": self.index.fingerprint, "limit": self.limit}
+
+    def _row_starts(self) -> Iterator[Iterable[int]]:
+        yield range(len(self.index))
+
+    def read(self, part: Part) -> Iterator[Record]:
+        for segment in part.segments:
+            yield from map(self._record, range(segment.at, segment.at + segment.rows))
+
+    def _records(self) -> Iterator[Record]:
+        return map(self._record, range(len(self.index)))
+
+    def _record(self, i: int) -> Record:
+        try:
+            return self.index.record(i)
+        except Rejected as rejected:
+            return Record(self.index.key(i), None, fault=rejected.reason)
+
+    def _count(self) -> int:
+        return len(self.index)

@@ -1,0 +1,97 @@
+"""The splits of a data set, told from the names of folders and files, as on Hugging Face's Hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from contrastive.errors import UserError
+
+_ALIASES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "minival"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "restval": ("restval",),
+}
+_SPLITS = {name: split for split, names in _ALIASES.items() for name in names}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder of this name holds: "val" is "validation"; "train2017" is "train"; None for others."""
+    return _SPLITS.get(re.sub(r"[-_. ]?\d*$", "", name.lower()))
+
+
+def split_of_file(stem: str) -> str | None:
+    """The split that a file of this name holds, by its first or its last word: train-00000-of-00002, pairs_val."""
+    words = [word for word in re.split(r"[-_. ]+", stem.lower()) if word]
+    return next((found for word in words[:1] + words[-1:] if (found := split_of(word))), None)
+
+
+def split_level(root: Path, files: Sequence[Path], least: int = 2) -> int | None:
+    """The level of folders below `root` that are splits, at least so many; 0 for the first level, None where none is.
+
+    All folders of the level must be named like a split: train, test and bus are classes.
+    """
+    parents = [file.relative_to(root).parts[:-1] for file in files]
+    for level in range(min(map(len, parents), default=0)):
+        names = {parts[level] for parts in parents}
+        if all(map(split_of, names)) and len({split_of(name) for name in names}) >= least:
+            return level
+    return None
+
+
+def group_by_split(root: Path, files: Sequence[Path], *, by_name: bool = True, least: int = 2) -> dict[str, list[Path]]:
+    """The files of each split, by the name that the folder uses; {} where it has fewer than `least` splits.
+
+    by_name: the names of files tell splits too, where no folders do. Files that name none of them are in no split.
+    """
+    level = split_level(root, files, least)
+    if level is not None:
+        return _grouped(files, [file.relative_to(root).parts[level] for file in files])
+    stems = [split_of_file(file.stem) for file in files] if by_name else []
+    return _grouped(files, stems) if len({*stems} - {None}) >= least else {}
+
+
+def choose_split(path: object, found: Mapping[str, Sequence[Path]], split: str | None, remedy: str = "") -> list[Path]:
+    """The files of the wanted split, or of several that "+" joins.
+
+    Raises UserError: no split is wanted where there are several, there is none of that name.
+    """
+    if split is None:
+        raise several_splits(path, found, remedy)
+    return [file for name in wanted_splits(path, found, split) for file in found[name]]
+
+
+def several_splits(path: object, found: Iterable[str], remedy: str = "") -> UserError:
+    """The error for a set of several splits when none was chosen."""
+    names = sorted(found, key=lambda name: (list(_ALIASES).index(split_of(name) or "restval"), name))
+    return UserError(
+        f"{path}: holds several splits: {', '.join(names)}; choose one with --split {names[0]} "
+        f"(of DATA after --train or --test: --train-split, --test-split){remedy}"
+    )
+
+
+def wanted_splits(path: object, found: Iterable[str], split: str) -> list[str]:
+    """The names in `found` that `split` stands for: by name, or by another name of the same split (val, validation)."""
+    names = list(found)
+    if not names:
+        raise UserError(f"--split {split}: {path} holds no splits; leave it out")
+    wanted: list[str] = []
+    for part in split.split("+"):
+        same = [name for name in names if name == part.strip()]
+        same = same or [
+            name for name in names if split_of(name) is not None and split_of(name) == split_of(part.strip())
+        ]
+        if not same:
+            raise UserError(f"--split {split}: {path} holds {', '.join(names)}")
+        wanted += (name for name in same if name not in wanted)
+    return wanted
+
+
+def _grouped(files: Sequence[Path], names: Sequence[str | None]) -> dict[str, list[Path]]:
+    groups: dict[str, list[Path]] = {}
+    for file, name in zip(files, names, strict=True):
+        if name is not None:
+            groups.setdefault(name, []).append(file)
+    return groups
