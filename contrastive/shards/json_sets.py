@@ -140,7 +140,7 @@ def _karpathy(
     images = _listed(value, "images")
     counts = Counter(str(image.get("split", "")) for image in images)
     if split is None and len(counts) > 1:
-        restval = ": train+restval is what models are usually trained on" if "restval" in counts else ""
+        restval = " (models are usually trained on train+restval)" if "restval" in counts else ""
         raise several_splits(file, counts, restval)
     wanted = list(counts) if split is None else wanted_splits(file, [name for name in counts if name], split)
     if "train" in wanted and "restval" in counts and "restval" not in wanted:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from contrastive.errors import UserError
-from contrastive.shards.listing import TABLES, Listing
+from contrastive.shards.listing import TABLES, Listing, unread_reason
 from contrastive.shards.record import Segment
 
 
@@ -36,4 +36,6 @@ def count_unnamed(source: Any, found: Listing) -> Counter[str]:
             if isinstance(value, str):
                 named.add(os.path.normpath(os.path.join(table.parent, value.strip())))
     unnamed = sum(os.path.normpath(image) not in named for image in found.images)
-    return +Counter({f"image that {source.files[0].name} does not name": unnamed})
+    counts = Counter({f"image that {source.files[0].name} does not name": unnamed})
+    others = [table for table in found.tables if table not in source.files]
+    return +counts + Counter(map(unread_reason, [*found.others, *others]))

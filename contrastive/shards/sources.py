@@ -20,7 +20,7 @@ from contrastive.shards.metadata import count_unnamed, metadata_tables
 from contrastive.shards.parquet_table import ParquetSource
 from contrastive.shards.record import Source
 from contrastive.shards.shard_source import ShardSource
-from contrastive.shards.splits import choose_split, group_by_split, split_level, wanted_splits
+from contrastive.shards.splits import choose_split, group_by_split, several_splits, split_level, wanted_splits
 from contrastive.shards.tables import TableSource
 
 
@@ -177,16 +177,13 @@ def _open_shards(folder: Path, found: Listing, asked: _Asked) -> Source:
 
 
 def _open_images(folder: Path, found: Listing, asked: _Asked) -> Source:
-    groups = group_by_split(folder, found.images, by_name=False, least=1 if asked.split else 2)
-    level = None
-    if groups:
-        level = split_level(folder, found.images, least=1 if asked.split else 2)
-        assert level is not None
-        kept = (
-            set(wanted_splits(folder, groups, asked.split)) if asked.split else set(choose_split(folder, groups, None))
-        )
-        found = found.only(folder, level, kept)
-    elif asked.split:
+    level = split_level(folder, found.images, least=1 if asked.split else 2)
+    if level is not None:
+        names = {image.relative_to(folder).parts[level] for image in found.images}
+        if asked.split is None:
+            raise several_splits(folder, names)
+        found = found.only(folder, level, {*wanted_splits(folder, names, asked.split)})
+    elif asked.split is not None:
         asked.refuse(folder, "images")
     metadata = metadata_tables(found)
     if metadata:
@@ -220,7 +217,7 @@ def _open_tables(folder: Path, found: Listing, asked: _Asked) -> Source:
 
 
 def _one_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
-    groups = group_by_split(folder, files, by_name=True, least=2 if split is None else 1)
+    groups = group_by_split(folder, files, least=2 if split is None else 1)
     return choose_split(folder, groups, split) if groups or split else files
 
 

@@ -41,35 +41,32 @@ def split_level(root: Path, files: Sequence[Path], least: int = 2) -> int | None
     return None
 
 
-def group_by_split(root: Path, files: Sequence[Path], *, by_name: bool = True, least: int = 2) -> dict[str, list[Path]]:
+def group_by_split(root: Path, files: Sequence[Path], least: int = 2) -> dict[str, list[Path]]:
     """The files of each split, by the name that the folder uses; {} where it has fewer than `least` splits.
 
-    by_name: the names of files tell splits too, where no folders do. Files that name none of them are in no split.
+    The names of files tell splits where no folders do. Files that name none of them are in no split.
     """
     level = split_level(root, files, least)
     if level is not None:
         return _grouped(files, [file.relative_to(root).parts[level] for file in files])
-    stems = [split_of_file(file.stem) for file in files] if by_name else []
+    stems = [split_of_file(file.stem) for file in files]
     return _grouped(files, stems) if len({*stems} - {None}) >= least else {}
 
 
-def choose_split(path: object, found: Mapping[str, Sequence[Path]], split: str | None, remedy: str = "") -> list[Path]:
+def choose_split(path: object, found: Mapping[str, Sequence[Path]], split: str | None) -> list[Path]:
     """The files of the wanted split, or of several that "+" joins.
 
     Raises UserError: no split is wanted where there are several, there is none of that name.
     """
     if split is None:
-        raise several_splits(path, found, remedy)
+        raise several_splits(path, found)
     return [file for name in wanted_splits(path, found, split) for file in found[name]]
 
 
 def several_splits(path: object, found: Iterable[str], remedy: str = "") -> UserError:
     """The error for a set of several splits when none was chosen."""
     names = sorted(found, key=lambda name: (list(_ALIASES).index(split_of(name) or "restval"), name))
-    return UserError(
-        f"{path}: holds several splits: {', '.join(names)}; choose one with --split {names[0]} "
-        f"(of DATA after --train or --test: --train-split, --test-split){remedy}"
-    )
+    return UserError(f"{path}: holds several splits: {', '.join(names)}; choose one, as in --split {names[0]}{remedy}")
 
 
 def wanted_splits(path: object, found: Iterable[str], split: str) -> list[str]:
