@@ -11,6 +11,7 @@ from scipy.optimize import brentq
 from scipy.special import logsumexp, softmax
 
 from contrastive.errors import UserError
+from contrastive.evaluation.checks import check_class_numbers
 
 BOUNDS = (1e-3, 1e3)  # of a temperature: where every sample is right, the log loss falls for ever as it goes to 0
 
@@ -77,9 +78,10 @@ def expected_error(probabilities_NK: ArrayLike, target_N: ArrayLike, bins: int =
 
 
 def _checked(scores_NK: ArrayLike, target_N: ArrayLike, name: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    scores, target = np.asarray(scores_NK, np.float64), np.asarray(target_N, np.int64)
-    if scores.ndim != 2 or target.shape != scores.shape[:1] or not len(scores):
-        raise UserError(f"{name}: shape {scores.shape} does not fit {target.shape} targets; give (n, classes) and (n,)")
+    scores, shape = np.asarray(scores_NK, np.float64), np.shape(target_N)
+    if scores.ndim != 2 or shape != scores.shape[:1] or not len(scores):
+        raise UserError(f"{name}: shape {scores.shape} does not fit {shape} targets; give (n, classes) and (n,)")
+    target = check_class_numbers(target_N, "targets", scores.shape[1])
     if not np.isfinite(scores).all():
         row = int((~np.isfinite(scores).all(axis=1)).argmax())
         raise UserError(f"{name}: row {row} is not finite; leave it out")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from contrastive.errors import UserError
+from contrastive.evaluation.label_arrays import label_array
 
 
 def check_finite(name: str, keys: Sequence[str], rows_ND: NDArray[np.floating]) -> None:
@@ -22,14 +23,24 @@ def check_finite(name: str, keys: Sequence[str], rows_ND: NDArray[np.floating]) 
         )
 
 
-def check_class_numbers(target: ArrayLike, where: str) -> NDArray[np.int64]:
-    """The target as numbers of classes. Raises `UserError` for texts, which `np.unique` numbers."""
-    found = np.asarray(target)
-    if not np.issubdtype(found.dtype, np.integer) and not np.issubdtype(found.dtype, np.bool_):
+def check_class_numbers(target: ArrayLike, where: str, classes: int | None = None) -> NDArray[np.int64]:
+    """The target (N,) as numbers of classes, from 0 to below `classes`.
+
+    Raises `UserError` for a missing label, for texts, which `np.unique` numbers, and for a number out of range.
+    """
+    found = label_array(target, where)
+    if found.dtype.kind not in "iub":
+        kind = "text" if found.dtype.kind in "UO" else found.dtype.name
         raise UserError(
-            f"{where}: labels are {found.dtype.name}, not numbers of classes; give "
+            f"{where}: labels are {kind}, not numbers of classes; give "
             "np.unique(labels, return_inverse=True)[1], or their places in the list of labels"
         )
+    wrong = (found < 0) | (found >= classes if classes is not None else False)
+    if wrong.any():
+        row = int(np.argwhere(wrong)[0, 0])
+        number = int(found[wrong][0])
+        reason = "which is negative" if number < 0 else f"but there are {classes}"
+        raise UserError(f"{where}: row {row} has class {number}, {reason}; number the classes from 0")
     return found.astype(np.int64)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from contrastive.errors import UserError
+from contrastive.evaluation.label_arrays import check_rows, label_array
 
 
 class Estimator:
@@ -93,26 +94,12 @@ def check_features(X: ArrayLike, name: str = "probe", rows: int = 1) -> NDArray[
 
 
 def check_labels(y: ArrayLike | None, rows: int, name: str = "probe") -> NDArray[Any]:
-    """Labels (n,), or 0 and 1 as (n, labels >= 2) for several labels a row. A column (n, 1) is taken as (n,)."""
-    if y is None:
-        raise UserError(f"{name}: requires y to be passed, but the target y is None; give one label a row")
-    labels = np.asarray(y.detach().cpu().numpy() if hasattr(y, "detach") else y)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim not in (1, 2):
-        raise UserError(f"{name}: labels must have shape (n,) or (n, labels), got {labels.shape}")
-    if len(labels) != rows:
-        raise UserError(f"{name}: {rows} feature rows but {len(labels)} labels; give one label a row")
-    if labels.dtype.kind == "f":
-        if not np.isfinite(labels).all():
-            kind = "NaN" if np.isnan(labels).any() else "infinity"
-            raise UserError(f"{name}: Input y contains {kind}; leave out rows without a label")
-        if (labels != np.floor(labels)).any():
-            raise UserError(f"{name}: Unknown label type: continuous; labels are names or whole numbers")
+    """Labels (n,), or 0 and 1 as (n, labels >= 2) for several labels a row. A column (n, 1) is taken as (n,).
+
+    Raises `UserError` as `label_array` does, for another number of labels than `rows`, and for a column of one value.
+    """
+    labels = check_label_shape(y, rows, name)
     if labels.ndim == 2:
-        if labels.dtype.kind not in "biuf" or not np.isin(labels, (0, 1)).all():
-            raise UserError(f"{name}: several labels a row must be 0 or 1; got {np.unique(labels)[:5].tolist()}")
-        labels = labels.astype(np.int64)
         constant = (labels == labels[:1]).all(axis=0)
         if constant.any():
             column = int(constant.argmax())
@@ -120,4 +107,19 @@ def check_labels(y: ArrayLike | None, rows: int, name: str = "probe") -> NDArray
                 f"{name}: label column {column} is {labels[0, column]} for all {len(labels)} samples, which is one "
                 "class; needs both, or leave the column out"
             )
+    return labels
+
+
+def check_label_shape(y: ArrayLike | None, rows: int, name: str) -> NDArray[Any]:
+    """As `check_labels`, but a column of several labels a row may hold one value alone, as a test set may."""
+    labels = label_array(y, name)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim not in (1, 2):
+        raise UserError(f"{name}: labels must have shape (n,) or (n, labels), got {labels.shape}")
+    check_rows(labels, rows, name)
+    if labels.ndim == 2:
+        if labels.dtype.kind not in "biuf" or not np.isin(labels, (0, 1)).all():
+            raise UserError(f"{name}: several labels a row must be 0 or 1; got {np.unique(labels)[:5].tolist()}")
+        labels = labels.astype(np.int64)
     return labels

@@ -50,7 +50,8 @@ def knn_sweep(
         dict `{"k", "temperature", "accuracy"}` (on the validation part) a pair.
 
     Raises:
-        UserError: fewer than two training images, lengths that differ, features that are not finite.
+        UserError: fewer than two training images, lengths that differ, features that are not finite, a test class
+        without training images.
     """
     train, train_target = _normalised(train_ND, "train"), _targets(train_target_N, train_ND, "train")
     test, test_target = _normalised(test_MD, "test"), _targets(test_target_M, test_MD, "test")
@@ -58,6 +59,10 @@ def knn_sweep(
         raise UserError(f"knn: train has width {train.shape[1]}, test {test.shape[1]}; embed both with one model")
     if len(train) < 2 or not len(test):
         raise UserError(f"knn: {len(train)} training and {len(test)} test images; needs at least 2 and 1")
+    unknown = sorted(set(test_target.tolist()) - set(train_target.tolist()))
+    if unknown:
+        shown = ", ".join(map(str, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        raise UserError(f"knn: test: classes without training images: {shown}; leave those images out")
     kept = [k for k in sorted(set(ks)) if 1 <= k < len(train)]
     if not kept or not temperatures or min(temperatures) <= 0:
         raise UserError(f"knn: ks {list(ks)}, temperatures {list(temperatures)}: needs positive ones, k < {len(train)}")
@@ -143,6 +148,4 @@ def _targets(target: ArrayLike, features: ArrayLike, name: str) -> Tensor:
             f"knn: {name}: {len(features)} feature rows "  # type: ignore[arg-type]
             f"but labels of shape {numbers.shape}; give one a row"
         )
-    if len(numbers) and numbers.min() < 0:
-        raise UserError(f"knn: {name}: class {numbers.min()} is negative; number classes from 0")
     return torch.as_tensor(numbers)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from contrastive.errors import UserError
+from contrastive.evaluation.label_arrays import is_missing
 
 if TYPE_CHECKING:
     from contrastive.evaluation.protocol import Model
@@ -24,18 +25,68 @@ ROWS = 1024  # labels compared at once: memory stays small for 20,000 of them
 
 
 def check_labels(labels: Sequence[str]) -> list[str]:
-    """The labels without outer white space. Raises `UserError` for none, an empty one, or one given twice."""
-    if isinstance(labels, str):
-        raise UserError(f"labels: a list is needed, got the text '{labels}'")
+    """The labels without outer white space.
+
+    Raises `UserError` for none, a missing or empty one, one that is no text, one given twice, and for anything but a
+    list of names: a dict says two things, a set has no order, an iterator is empty the second time.
+    """
+    for item, number in zip(_listed(labels), range(1, len(labels) + 1), strict=True):
+        if isinstance(item, str) and item.strip():
+            continue
+        if is_missing(item):
+            raise UserError(f"labels: number {number} is {'empty' if isinstance(item, str) else item}; remove it")
+        raise UserError(
+            f"labels: number {number} is {item!r}, a {type(item).__name__}; the text tower reads names: give text, such "
+            "as 'cat'"
+        )
     plain = [str(label).strip() for label in labels]
     if not plain:
-        raise UserError("labels: there is none; give at least one")
-    if "" in plain:
-        raise UserError(f"labels: number {plain.index('') + 1} is empty; remove it")
+        raise UserError("labels: there is none; give at least two")
     twice = [label for label, count in Counter(plain).items() if count > 1]
     if twice:
         raise UserError(f"labels: given twice: {', '.join(twice)}; give each label once")
     return plain
+
+
+def check_several(labels: Sequence[str], remedy: str) -> None:
+    """Raises `UserError` for one label alone: probabilities compare labels, and one has 1.0 for every image."""
+    if len(labels) == 1:
+        raise UserError(f"labels: '{labels[0]}' is the only one, so its probability is always 1; {remedy}")
+
+
+def _listed(labels: Sequence[str]) -> Sequence[str]:
+    if isinstance(labels, (str, bytes)):
+        raise UserError(f"labels: a list is needed, got the text {str(labels)!r}")
+    if isinstance(labels, Mapping):
+        shown = next(iter(labels), None)
+        raise UserError(
+            f"labels: a list is needed, got a dict (its first key is {shown!r}); give list(d) as labels, with "
+            "templates=d where the values are prompts, or list(d.values()) where the values are the names"
+        )
+    if isinstance(labels, (set, frozenset)) or not hasattr(labels, "__len__") or not hasattr(labels, "__iter__"):
+        raise UserError(f"labels: a list is needed, got a {type(labels).__name__}; give list(…) or sorted(…) of it")
+    if getattr(labels, "ndim", 1) != 1:
+        raise UserError(f"labels: a list of names is needed, got the shape {labels.shape}")  # type: ignore[attr-defined]
+    return labels
+
+
+def are_numbers(labels: Sequence[str]) -> bool:
+    """Whether all labels are whole numbers, as folders named 1, 2, 10 are."""
+    return bool(len(labels)) and all(re.fullmatch(r"[0-9]+", label) for label in labels)
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Distinct labels sorted, numbers by value: 1, 2, 10."""
+    names = sorted(set(labels))
+    return sorted(names, key=lambda name: (int(name), name)) if are_numbers(names) else names
+
+
+def number_remark(labels: Sequence[str]) -> list[str]:
+    """One line where all labels are numbers, which say nothing to a text tower; else none."""
+    if not are_numbers(labels):
+        return []
+    shown = ", ".join(labels[:3]) + (", …" if len(labels) > 3 else "")
+    return [f"labels are numbers ({shown}), which say nothing to a text tower; name them with --class-names FILE"]
 
 
 def alike(labels: Sequence[str]) -> list[list[str]]:
@@ -44,6 +95,11 @@ def alike(labels: Sequence[str]) -> list[list[str]]:
     for label in labels:
         groups[re.sub(r"[\W_]+", " ", label.casefold()).strip()].append(label)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def spelling_remarks(labels: Sequence[str]) -> list[str]:
+    """One line for each group of `alike`."""
+    return [f"labels {' and '.join(map(repr, group))} differ in spelling alone" for group in alike(labels)]
 
 
 def near_synonyms(
@@ -90,7 +146,7 @@ def lint_labels(
     Labels alike but for case or punctuation, labels that the text tower hardly tells apart, prompts that two labels
     share, and (with `model`) prompts longer than its context. `prompts`: of each label, see `class_prompts`.
     """
-    lines = [f"labels {' and '.join(map(repr, group))} differ in spelling alone" for group in alike(labels)]
+    lines = spelling_remarks(labels) + number_remark(labels)
     pairs = near_synonyms(labels, weights_DK, near)
     lines += [
         f"labels '{one}' and '{other}' are hardly told apart (cosine {cosine:.3f})"

@@ -15,7 +15,14 @@ from safetensors.numpy import save_file
 from scipy.special import expit, log_expit, log_softmax, softmax
 
 from contrastive.errors import UserError
-from contrastive.evaluation.estimator import Estimator, check_features, check_labels, not_fitted
+from contrastive.evaluation.estimator import (
+    Estimator,
+    check_features,
+    check_label_shape,
+    check_labels,
+    not_fitted,
+)
+from contrastive.evaluation.label_arrays import check_rows, label_places
 from contrastive.evaluation.softmax import SoftmaxRegression, Solutions
 
 PRESETS = {
@@ -143,10 +150,19 @@ class LinearProbe(Estimator):
         return (logits > 0).astype(np.int64) if self.multilabel_ else self.classes_[logits.argmax(axis=1)]
 
     def score(self, X: ArrayLike, y: ArrayLike) -> float:
-        """Share of the rows whose predicted class is `y`; with several labels, of the rows that are right in all."""
-        predicted = self.predict(X)
-        right = predicted == np.asarray(y).reshape(predicted.shape)
-        return float((right.all(axis=1) if self.multilabel_ else right).mean())
+        """Share of the rows whose predicted class is `y`; with several labels, of the rows that are right in all.
+
+        Raises `UserError` for labels of another type than `classes_`, and for classes that were not fitted.
+        """
+        logits = self.logits(X)
+        if self.multilabel_:
+            truth = check_label_shape(y, len(logits), "score")
+            if truth.shape != logits.shape:
+                raise UserError(f"score: y has shape {truth.shape}; give 0 or 1 for each label, {logits.shape}")
+            return float(((logits > 0) == truth).all(axis=1).mean())
+        place = label_places(y, self.classes_, "score")
+        check_rows(place, len(logits), "score")
+        return float((logits.argmax(axis=1) == place).mean())
 
     def save(self, path: str | Path, **metadata: Any) -> None:
         """Write one safetensors file: weights, and a JSON header with classes, C, the curve and `metadata`.

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from contrastive.errors import UserError
+from contrastive.evaluation.label_arrays import label_array
 
 KEPT = 0.95  # of the known, the share that a threshold keeps: the field's FPR95
 
@@ -57,7 +58,10 @@ def label_thresholds(scores_NK: ArrayLike, truth_NK: ArrayLike) -> NDArray[np.fl
     A label that no image has gets the threshold of the best F1 over all labels together. Raises `UserError` for shapes
     that differ, scores that are not finite, and where no image has a label.
     """
-    scores, truth = np.asarray(scores_NK, np.float64), np.asarray(truth_NK).astype(bool)
+    scores, given = np.asarray(scores_NK, np.float64), label_array(truth_NK, "thresholds")
+    if given.dtype.kind not in "biuf" or not np.isin(given, (0, 1)).all():
+        raise UserError(f"thresholds: truth must be 0 or 1 of each label; got {np.unique(given)[:5].tolist()}")
+    truth = given.astype(bool)
     if scores.shape != truth.shape or scores.ndim != 2:
         raise UserError(f"thresholds: scores {scores.shape} and truth {truth.shape} differ; give (n, labels) of both")
     if not np.isfinite(scores).all():

@@ -46,7 +46,7 @@ def template_spread(
         "templates" is in the order of the accuracy. To choose the best of them here would be tuning on the test.
     """
     wordings, names = read_templates(templates), check_labels(labels)
-    target_N = check_class_numbers(target_N, "template_spread")
+    target_N = check_class_numbers(target_N, "template_spread", len(names))
 
     def weights(wording: str) -> NDArray[np.float32]:
         """One label a row, the mean over its aliases not yet normalised, so that they add up to the ensemble's."""

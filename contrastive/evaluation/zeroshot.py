@@ -19,7 +19,8 @@ from contrastive.errors import UserError
 from contrastive.evaluation.calibration import temperature
 from contrastive.evaluation.embed import embed
 from contrastive.evaluation.hierarchy import Hierarchy
-from contrastive.evaluation.labels import check_labels, lint_labels
+from contrastive.evaluation.label_arrays import check_rows, label_array, label_places
+from contrastive.evaluation.labels import check_labels, check_several, lint_labels
 from contrastive.evaluation.prompts import Aliases, Templates, class_prompts, label_weights, normalise
 from contrastive.evaluation.protocol import Model, inference
 from contrastive.evaluation.rejection import (
@@ -46,7 +47,8 @@ class ZeroShotClassifier:
 
     Args:
         model: as `contrastive.load` gives it.
-        labels: K names, each once.
+        labels: a list of K names, each once. One alone has nothing to be compared with: only `fits` and
+            `predict_labels` take it.
         templates: a name, a list, a file, or prompts by label; see `class_prompts` and `read_templates`.
         aliases: label -> names to use in its stead.
         parents: child -> parent, for `predict` at a level; see `Hierarchy`.
@@ -95,7 +97,11 @@ class ZeroShotClassifier:
 
         `predict_proba` then says what it means; which label is best does not change.
         """
-        self.temperature_ = temperature(self.logits(X), self.targets(y))
+        self._compared()
+        place = self.targets(y)
+        logits = self.logits(X)
+        check_rows(place, len(logits), "fit_temperature")
+        self.temperature_ = temperature(logits, place)
         return self
 
     def fit_rejection(self, X: Any, unknown: Any = None, *, kept: float = KEPT) -> dict[str, float]:
@@ -205,8 +211,9 @@ class ZeroShotClassifier:
         """Softmax over the labels (N, K): how the labels compare, not whether any of them fits.
 
         level: of the hierarchy that `parents` makes: 1 gives the sums over the labels below each parent (N, M), in the
-        order of `level_names(1)`.
+        order of `level_names(1)`. Raises `UserError` for one label alone.
         """
+        self._compared()
         chances: NDArray[np.float32] = softmax(self.decision_function(X), axis=1)
         if not level:
             return chances
@@ -214,7 +221,12 @@ class ZeroShotClassifier:
         return summed
 
     def predict(self, X: Any, *, level: int = 0) -> NDArray[np.str_]:
-        """The best label of each image, (N,), or the most probable name of a level of the hierarchy."""
+        """The best label of each image, (N,), or the most probable name of a level of the hierarchy.
+
+        Raises `UserError` for one label alone, unless a threshold says whether it fits.
+        """
+        if self.rejection_ is None:
+            self._compared()
         if level:
             return np.asarray(self.level_names(level))[self.predict_proba(X, level=level).argmax(axis=1)]
         return self.classes_[self.decision_function(X).argmax(axis=1)]
@@ -250,8 +262,12 @@ class ZeroShotClassifier:
         return np.full(self.weights_.shape[1], -self.bias)
 
     def score(self, X: Any, y: ArrayLike) -> float:
-        """Share of the images whose best label is `y`."""
-        return float((self.predict(X) == np.asarray(y)).mean())
+        """Share of the images whose best label is `y`. Raises `UserError` as `targets` does, and for another length."""
+        self._compared()
+        place = self.targets(y)
+        best = self.decision_function(X).argmax(axis=1)
+        check_rows(place, len(best), "score")
+        return float((best == place).mean())
 
     # ---- keeping it
 
@@ -290,11 +306,14 @@ class ZeroShotClassifier:
         return Hierarchy(check_labels(self.labels), self.parents or {})
 
     def targets(self, y: ArrayLike) -> NDArray[np.int64]:
-        """Labels (N,) as indices into `classes_`. Raises `UserError` for others."""
-        position = {label: index for index, label in enumerate(self.classes_.tolist())}
-        given = [str(label) for label in np.asarray(y).tolist()]
-        strange = sorted(set(given) - set(position))
-        if strange:
-            more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
-            raise UserError(f"labels that are not among the classifier's: {', '.join(strange[:5])}{more}")
-        return np.asarray([position[label] for label in given], np.int64)
+        """Labels (N,) as places in `classes_`. Raises `UserError` for other labels, a missing one, or another type."""
+        labels = label_array(y, "classifier")
+        stripped = np.char.strip(labels.astype(str)) if labels.dtype.kind in "UO" else labels  # as `classes_` are
+        return label_places(stripped, self.classes_, "classifier")
+
+    def _compared(self) -> None:
+        check_several(
+            self.classes_.tolist(),
+            "add a label to compare with, such as 'something else', or ask whether it fits: fit_rejection and fits, or "
+            "fit_thresholds and predict_labels",
+        )

@@ -1,0 +1,60 @@
+"""Names for classes that a data set numbers or codes: folders 1, 2, 10 or n01440764."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from contrastive.errors import UserError
+from contrastive.evaluation.labels import are_numbers, check_labels, in_order
+
+ClassNames = Mapping[str, str] | Sequence[str]
+SHOWN = 5
+
+
+def class_name_map(labels: Iterable[str], names: ClassNames, where: str = "class names") -> dict[str, str]:
+    """The name of each distinct label of a data set.
+
+    Args:
+        labels: of all sets at hand, as folders or columns spell them.
+        names: label -> name; more than the data has will do. Or a list of names in order of the numbers, for labels
+            that are numbers counted from 0 or from 1; which of the two must follow from the labels.
+        where: what an error begins with.
+
+    Raises:
+        UserError: a label without a name, one name for two labels, a list that does not say where counting begins.
+    """
+    found = in_order(labels)
+    mapping = dict(names) if isinstance(names, Mapping) else _numbered(found, check_labels(names), where)
+    missing = [label for label in found if label not in mapping]
+    if missing:
+        shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
+        given = ", ".join(list(mapping)[:SHOWN])
+        raise UserError(f"{where}: no name for {shown}; names are given for {given}: add the missing ones")
+    owners = defaultdict(list)
+    for label in found:
+        owners[mapping[label].strip()].append(label)
+    for name, own in owners.items():
+        if not name:
+            raise UserError(f"{where}: the name of {own[0]} is empty; give one")
+        if len(own) > 1:
+            raise UserError(f"{where}: '{name}' is the name of {' and '.join(own)}; give each class a name of its own")
+    return {label: mapping[label].strip() for label in found}
+
+
+def _numbered(found: Sequence[str], names: list[str], where: str) -> dict[str, str]:
+    if not are_numbers(found):
+        odd = next(label for label in found if not are_numbers([label]))
+        raise UserError(
+            f"{where}: names in order need classes that are numbers, got '{odd}'; give folder and name: JSON "
+            '{"FOLDER": "name"} or a CSV of two columns'
+        )
+    numbers = [int(label) for label in found]
+    fits = [first for first in (0, 1) if first <= min(numbers) and max(numbers) < first + len(names)]
+    if len(fits) != 1:
+        reason = "counting may begin at 0 or at 1" if fits else "they do not fit"
+        raise UserError(
+            f"{where}: {len(names)} names for classes {found[0]} to {found[-1]}: {reason}; give number and name: JSON "
+            '{"0": "name"} or a CSV of two columns'
+        )
+    return {label: names[int(label) - fits[0]] for label in found}
