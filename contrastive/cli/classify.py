@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from typing import Any
 
+from contrastive.cli.images import check_model, open_arguments
+from contrastive.cli.label_files import read_class_names, read_labels
 from contrastive.cli.output import (
     add_image_arguments,
     add_output_arguments,
+    check_output,
     guess_rows,
-    one_source,
+    print_left_out,
+    rows_in_order,
     write_rows,
 )
 
 NAME = "classify"
 HELP = "label images by the text of the labels"
 NONE_OF_THESE = "none of these"
+ALONE = (
+    "add a second one, such as 'something else', or ask whether it fits: --multilabel or --reject, with --validation"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a run folder, a model folder, or an open_clip name")
     add_image_arguments(parser)
     labels = parser.add_mutually_exclusive_group(required=True)
-    labels.add_argument("--labels", metavar="A,B", help="the labels, separated by commas")
-    labels.add_argument("--labels-file", metavar="FILE", help="the labels, one a line")
+    labels.add_argument("--labels", metavar="A,B", help='the labels, separated by commas: cat,"red, shiny apple"')
+    labels.add_argument("--labels-file", metavar="FILE", help="the labels: one a line, or JSON, or CSV")
     labels.add_argument("--classifier", metavar="FILE", help="a file of --save: the text tower is not opened")
     parser.add_argument(
         "--templates",
         metavar="T",
         help="none (default), general, openai7, openai80, a file with one a line, with {}, or .json: label -> prompts",
     )
+    parser.add_argument("--class-names", metavar="FILE", help="names for the class folders of --validation")
     parser.add_argument("--validation", metavar="DATA", help="labelled images: calibrate the probabilities on them")
     parser.add_argument(
         "--unknown", metavar="DATA", help="images of none of the labels, to choose --reject's threshold"
@@ -51,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from contrastive.errors import UserError
     from contrastive.evaluation import embed
+    from contrastive.evaluation.labels import check_several
 
     if args.top_k < 1:
         raise UserError(f"--top-k {args.top_k}: give at least 1")
@@ -60,7 +68,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "--level --multilabel: use one; several labels an image have no sum of probabilities above them"
         )
+    check_output("--output", args.output)
+    check_output("--save", args.save, makes_folders=True)
+    check_model(args.model, args.images)
+    source = open_arguments(args.images, args.model)
     model, classifier = _opened(args)
+    if not (args.multilabel or args.reject):
+        check_several(classifier.classes_.tolist(), ALONE)
     _fit(args, model, classifier)
     if args.multilabel and classifier.thresholds_ is None and classifier.bias is None:
         raise UserError("--multilabel: there are no thresholds yet; give labelled images with --validation DATA")
@@ -68,20 +82,12 @@ def run(args: argparse.Namespace) -> int:
     if args.reject and classifier.rejection_ is None:
         raise UserError("--reject: there is no threshold yet; give labelled images with --validation DATA")
     classifier.inverted = args.invert
-    found = embed(model, one_source(args.images), text=False, invert=args.invert)
+    found = embed(model, source, text=False, invert=args.invert)
     if args.save:
         classifier.save(args.save, model_path=_place(args.model))
-    if args.multilabel:
-        rows = _labels_of_each(found, classifier)
-    else:
-        probabilities, names = (
-            classifier.predict_proba(found.image, level=args.level),
-            classifier.level_names(args.level),
-        )
-        rows = guess_rows(found.keys, probabilities, names, args.top_k, found.failures)
-        if args.reject:
-            rows = _without_strangers(rows, dict(zip(found.keys, classifier.fits(found.image).tolist(), strict=True)))
+    rows = _labels_of_each(found, classifier) if args.multilabel else _guesses(args, found, classifier)
     write_rows(rows, args.format, args.output)
+    print_left_out(source, found.outcomes)
     return 0
 
 
@@ -89,6 +95,7 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model and the classifier, built from labels (with lint on the error stream) or opened from a file."""
     from contrastive.errors import UserError
     from contrastive.evaluation import ZeroShotClassifier, load_classifier
+    from contrastive.evaluation.labels import check_labels, check_several
     from contrastive.models import load
 
     if args.classifier is not None:
@@ -102,7 +109,9 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any]:
             print(f"{args.classifier} was set on inverted images: these are inverted too", file=sys.stderr)
             args.invert = True
         return model, classifier
-    labels = read_labels(args.labels, args.labels_file)
+    labels = check_labels(read_labels(args.labels, args.labels_file))
+    if not (args.multilabel or args.reject):
+        check_several(labels, ALONE)
     model = load(args.model)
     parents = None if args.parents is None else read_parents(args.parents)
     classifier = ZeroShotClassifier(model, labels, args.templates, parents=parents).fit()
@@ -116,28 +125,40 @@ def _fit(args: argparse.Namespace, model: Any, classifier: Any) -> None:
     from contrastive.errors import UserError
     from contrastive.evaluation import embed, open_labelled
     from contrastive.evaluation.calibration import expected_error
+    from contrastive.evaluation.class_names import class_name_map
 
     if args.validation is None:
+        if args.class_names is not None:
+            raise UserError("--class-names: names the labels of --validation DATA; give that, or leave it out")
         if args.unknown is not None:
             raise UserError("--unknown: the threshold needs images that have a label too; give --validation DATA")
         return
-    found = embed(model, open_labelled(args.validation), text=False, invert=args.invert)
-    for key, reason in found.failures.items():
-        print(f"--validation: {key}: {reason}", file=sys.stderr)
+    validation = open_labelled(args.validation)
+    found = embed(model, validation, text=False, invert=args.invert)
+    print_left_out(validation, found.outcomes, "--validation: ")
     if found.labels is None:
-        raise UserError(f"--validation {args.validation}: some images have no label; give every image one")
+        raise UserError(
+            f"--validation {args.validation}: {len(found.unlabelled)} images have no label, the first is "
+            f"{found.unlabelled[0]}; give every image one"
+        )
+    labels = found.labels
+    if args.class_names is not None:
+        where = f"--class-names {args.class_names}"
+        mapping = class_name_map(labels, read_class_names(args.class_names), where)
+        labels = [mapping[one] for one in labels]
     if args.multilabel:
-        _fit_thresholds(classifier, found)
+        _fit_thresholds(classifier, found.image, labels)
         return
-    targets = classifier.targets(found.labels)
-    before = expected_error(classifier.predict_proba(found.image), targets)
-    classifier.fit_temperature(found.image, found.labels)
-    after = expected_error(classifier.predict_proba(found.image), targets)
-    print(
-        f"temperature {classifier.temperature_:.3g} on {len(targets):,} validation images: "
-        f"calibration error {before:.3f} -> {after:.3f}",
-        file=sys.stderr,
-    )
+    targets = classifier.targets(labels)
+    if len(classifier.classes_) > 1:
+        before = expected_error(classifier.predict_proba(found.image), targets)
+        classifier.fit_temperature(found.image, labels)
+        after = expected_error(classifier.predict_proba(found.image), targets)
+        print(
+            f"temperature {classifier.temperature_:.3g} on {len(targets):,} validation images: "
+            f"calibration error {before:.3f} -> {after:.3f}",
+            file=sys.stderr,
+        )
     if args.reject or args.unknown is not None:
         unknown = None if args.unknown is None else embed(model, args.unknown, text=False, invert=args.invert).image
         fitted = classifier.fit_rejection(found.image, unknown)
@@ -145,16 +166,16 @@ def _fit(args: argparse.Namespace, model: Any, classifier: Any) -> None:
         print(f"{NONE_OF_THESE}: {numbers}", file=sys.stderr)
 
 
-def _fit_thresholds(classifier: Any, found: Any) -> None:
+def _fit_thresholds(classifier: Any, images: Any, labels: Any) -> None:
     """Each label's threshold, from images whose labels are joined by ';'."""
     import numpy as np
 
-    names = [[name.strip() for name in str(joined).split(";") if name.strip()] for joined in found.labels]
+    names = [[name.strip() for name in str(joined).split(";") if name.strip()] for joined in labels]
     truth = np.zeros((len(names), len(classifier.classes_)), bool)
     for row, own in zip(truth, names, strict=True):
         row[classifier.targets(own)] = True
-    classifier.fit_thresholds(found.image, truth)
-    guessed = classifier.predict_labels(found.image)
+    classifier.fit_thresholds(images, truth)
+    guessed = classifier.predict_labels(images)
     hits, wrong = int((guessed & truth).sum()), int((guessed != truth).sum())
     score = 2 * hits / max(2 * hits + wrong, 1)
     print(
@@ -163,11 +184,24 @@ def _fit_thresholds(classifier: Any, found: Any) -> None:
     )
 
 
-def _without_strangers(rows: list[dict[str, Any]], fits: Mapping[str, bool]) -> list[dict[str, Any]]:
-    """One row 'none of these' in place of the guesses of each image that no label fits."""
-    kept = []
+def _guesses(args: argparse.Namespace, found: Any, classifier: Any) -> list[dict[str, Any]]:
+    """The likeliest labels of each image; with --reject one row 'none of these' where no label fits."""
+    fits = classifier.fits(found.image) if args.reject else None
+    if len(classifier.classes_) > 1:
+        probabilities = classifier.predict_proba(found.image, level=args.level)
+        names = classifier.level_names(args.level)
+        rows = guess_rows(found.outcomes, probabilities, names, args.top_k)
+    else:  # nothing to compare: whether it fits is all there is to say
+        label = str(classifier.classes_[0])
+        rows = rows_in_order(
+            found.outcomes, lambda row: [{"rank": 1, "label": label, "probability": None}], "probability"
+        )
+    if fits is None:
+        return rows
+    kept, image = [], -1
     for row in rows:
-        if fits.get(row["image"], True):
+        image += row["rank"] == 1
+        if row["rank"] is None or fits[image]:
             kept.append(row)
         elif row["rank"] == 1:
             kept.append({**row, "label": NONE_OF_THESE, "probability": None})
@@ -176,19 +210,16 @@ def _without_strangers(rows: list[dict[str, Any]], fits: Mapping[str, bool]) -> 
 
 def _labels_of_each(found: Any, classifier: Any) -> list[dict[str, Any]]:
     """One row an image and label that reaches its threshold, the surest first; an image without labels keeps a row."""
-    logits, thresholds = classifier.logits(found.image), classifier.label_thresholds()
-    rows: list[dict[str, Any]] = []
-    for key, above in zip(found.keys, logits - thresholds, strict=True):
-        order = [index for index in (-above).argsort().tolist() if above[index] >= 0]
-        for rank, index in enumerate(order, start=1):
-            label, margin = str(classifier.classes_[index]), float(above[index])
-            rows.append({"image": key, "rank": rank, "label": label, "above_threshold": margin, "error": ""})
-        if not order:
-            rows.append({"image": key, "rank": None, "label": None, "above_threshold": None, "error": ""})
-    for key, reason in found.failures.items():
-        rows.append({"image": key, "rank": None, "label": None, "above_threshold": None, "error": reason})
-        print(f"{key}: {reason}", file=sys.stderr)
-    return rows
+    above_NK = classifier.logits(found.image) - classifier.label_thresholds()
+
+    def of_image(row: int) -> list[dict[str, Any]]:
+        order = [index for index in (-above_NK[row]).argsort().tolist() if above_NK[row, index] >= 0]
+        return [
+            {"rank": rank, "label": str(classifier.classes_[index]), "above_threshold": float(above_NK[row, index])}
+            for rank, index in enumerate(order, start=1)
+        ]
+
+    return rows_in_order(found.outcomes, of_image, "above_threshold")
 
 
 def _place(model: str) -> str:
@@ -211,23 +242,3 @@ def read_parents(file: str) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(parent, str) for parent in found.values()):
         raise UserError(f'--parents {file}: give one parent a label, {{"dog": "animal", "cat": "animal"}}')
     return found
-
-
-def read_labels(listed: str | None, file: str | None) -> list[str]:
-    """The labels of `--labels` or `--labels-file`, without outer white space; empty lines of a file are
-    skipped.
-    """
-    from pathlib import Path
-
-    from contrastive.errors import UserError
-
-    if file is None:
-        return [label.strip() for label in (listed or "").split(",")]
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"--labels-file {file}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"--labels-file {file}: not UTF-8; save it as UTF-8") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]

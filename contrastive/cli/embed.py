@@ -30,10 +30,14 @@ def run(args: argparse.Namespace) -> int:
     import torch
     import torch.distributed as dist
 
+    from contrastive.cli.images import check_model
+    from contrastive.cli.output import check_output_folder, print_left_out
     from contrastive.evaluation import embed
     from contrastive.models import load
     from contrastive.shards import open_source
 
+    check_output_folder("DEST", args.dest)
+    check_model(args.model, [args.source])
     started = time.perf_counter()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     own_group = ranks > 1 and not dist.is_initialized()
@@ -66,8 +70,5 @@ def run(args: argparse.Namespace) -> int:
         width = f"width {found.image.shape[1]}, {found.image_tower.shape[1]} before the projection"
         seconds = time.perf_counter() - started
         print(f"{args.dest}: {len(found.image):,} images, {texts:,} captions, {width}; {seconds:.0f} s")
-        for reason, count in found.rejected.items():
-            print(f"  left out: {count:,} ({reason})")
-        for key, reason in list(found.failures.items())[:20]:
-            print(f"    {key}: {reason}")
+        print_left_out(args.source, found.outcomes)
     return 0

@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", metavar="COL", help="column of the label (default: guessed)")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labels", metavar="A,B", help="classes of zero-shot (default: those of DATA)")
-    labels.add_argument("--labels-file", metavar="FILE", help="the same, one a line")
+    labels.add_argument("--labels-file", metavar="FILE", help="the same: one a line, or JSON, or CSV")
+    parser.add_argument(
+        "--class-names", metavar="FILE", help="names for class folders: JSON, CSV of two columns, or lines"
+    )
     parser.add_argument("--shots", metavar="N,N", help="of fewshot (default: of 1,2,4,8,16 those every class has)")
     parser.add_argument(
         "--templates",
@@ -43,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from contrastive.cli.images import check_model
+    from contrastive.cli.output import check_output, check_output_folder
     from contrastive.errors import UserError
     from contrastive.evaluation import compare, format_results_table, model_hash, reader_warnings
     from contrastive.models import load
@@ -60,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--tasks {','.join(need)} needs labelled training images beside the test set: --train DATA")
     if args.compare != (args.model_b is not None):
         raise UserError("--compare needs two models: contrastive evaluate MODEL_A MODEL_B DATA --compare")
+    check_output("--json", args.json)
+    check_output_folder("--output", args.output)
+    check_model(args.model, [args.data])
     evaluated: list[list[Any]] = []
     hashes = {}
     for path in (args.model, args.model_b) if args.compare else (args.model,):
@@ -88,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         _write(Path(args.output), results, found)
     if args.json:
-        Path(args.json).write_text(_as_json(results), encoding="utf-8")
+        Path(args.json).write_text(_as_json(results), encoding="utf-8", errors="backslashreplace")
     return 0
 
 
@@ -98,11 +106,12 @@ def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str]) -> list[An
 
     import torch
 
-    from contrastive.cli.classify import read_labels
+    from contrastive.cli.label_files import read_class_names, read_labels
     from contrastive.evaluation import evaluate_labelled, evaluate_pairs, has_captions
     from contrastive.models import reinitialised
+    from contrastive.printable import printable
 
-    name = Path(args.data).stem
+    name = printable(Path(args.data).stem)
     shared: dict[str, Any] = {
         "invert": args.invert,
         "dtype": {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype],
@@ -128,6 +137,7 @@ def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str]) -> list[An
                 labels=labels,
                 shots=_shots(args.shots),
                 label=args.label,
+                class_names=None if args.class_names is None else read_class_names(args.class_names),
                 random_model=lambda: reinitialised(model),
                 **shared,
             )
@@ -167,7 +177,8 @@ def _write(folder: Any, results: dict[str, Any], found: list[Any]) -> None:
         config=json.dumps(results["configuration"] | {"hashes": results["hashes"]}, indent=2),
         environment=results["versions"],
     )
-    (folder / "results.json").write_text(_as_json(results), encoding="utf-8")
+    # a path that is not UTF-8 becomes \udcNN, as JSON spells it
+    (folder / "results.json").write_text(_as_json(results), encoding="utf-8", errors="backslashreplace")
     print(f"wrote {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 

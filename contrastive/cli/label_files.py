@@ -35,7 +35,7 @@ def read_labels(listed: str | None, file: str | None) -> list[str]:
     suffix = Path(file).suffix.lower()
     if suffix in (".csv", ".tsv"):
         labels = _column(where, _rows(where, text, suffix))
-    elif suffix == ".json" or text.lstrip()[:1] in ("[", "{"):
+    elif suffix == ".json" or _looks_like_json(text):
         labels = _of_json(where, _parsed(where, text))
     else:
         labels = _lines(where, text)
@@ -53,7 +53,7 @@ def read_class_names(file: str) -> dict[str, str] | list[str]:
     suffix = Path(file).suffix.lower()
     if suffix in (".csv", ".tsv"):
         return _pairs(where, _rows(where, text, suffix))
-    if suffix == ".json" or text.lstrip()[:1] in ("[", "{"):
+    if suffix == ".json" or _looks_like_json(text):
         found = _parsed(where, text)
         if isinstance(found, Mapping) and isinstance(found.get("id2label"), Mapping):
             found = found["id2label"]
@@ -63,6 +63,11 @@ def read_class_names(file: str) -> dict[str, str] | list[str]:
             return _names(where, found)
         raise UserError(f'{where}: give one name a class, {{"1": "cat", "2": "dog"}}')
     return _lines(where, text)
+
+
+def _looks_like_json(text: str) -> bool:
+    text = text.strip()
+    return text[:1] + text[-1:] in ("[]", "{}")
 
 
 def _read(where: str, file: str) -> str:

@@ -6,10 +6,16 @@ import argparse
 import csv
 import io
 import json
+import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from contrastive.errors import UserError
+from contrastive.printable import printable
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +26,43 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """The images of `classify` and `probe predict`."""
-    parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, a folder, a glob, a table or shards")
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, a pattern, a table or shards")
     parser.add_argument("--invert", action="store_true", help="turn the images into their negatives first")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="labels an image (default: 5)")
+
+
+def check_output(option: str, path: str | None, *, makes_folders: bool = False) -> None:
+    """Raises `UserError` where a file cannot be written, before any work is done. None passes.
+
+    makes_folders: folders that are missing are made with the file.
+    """
+    if path is None:
+        return
+    file = Path(path)
+    if file.is_dir():
+        raise UserError(f"{option} {path}: is a folder; name a file in it")
+    folder = file.parent
+    while makes_folders and not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.exists():
+        raise UserError(f"{option} {path}: there is no folder {folder}; make it first")
+    if not folder.is_dir():
+        raise UserError(f"{option} {path}: {folder} is a file, not a folder")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise UserError(f"{option} {path}: no permission to write there")
+
+
+def check_output_folder(option: str, path: str | None) -> None:
+    """As `check_output`, for a folder that is made where it is missing."""
+    if path is None:
+        return
+    folder = Path(path)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{option} {path}: {folder} is a file; name a folder")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{option} {path}: no permission to write in {folder}")
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], style: str, output: str | None = None) -> None:
@@ -31,27 +71,65 @@ def write_rows(rows: Sequence[Mapping[str, Any]], style: str, output: str | None
     if output is None:
         sys.stdout.write(text)
     else:
-        Path(output).write_text(text, encoding="utf-8")
+        Path(output).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def guess_rows(
-    keys: Sequence[str], probabilities: Any, classes: Sequence[Any], top_k: int, failures: Mapping[str, str]
+def guess_rows(outcomes: Sequence[Any], probabilities: Any, classes: Sequence[Any], top_k: int) -> list[dict[str, Any]]:
+    """One row an image and label, the `top_k` likeliest of each image; see `rows_in_order`."""
+
+    def of_image(row: int) -> list[dict[str, Any]]:
+        chances = probabilities[row]
+        order = (-chances).argsort(kind="stable")[:top_k]
+        return [
+            {"rank": rank, "label": str(classes[best]), "probability": float(chances[best])}
+            for rank, best in enumerate(order, start=1)
+        ]
+
+    return rows_in_order(outcomes, of_image, "probability")
+
+
+def rows_in_order(
+    outcomes: Sequence[Any], of_image: Callable[[int], list[dict[str, Any]]], value: str
 ) -> list[dict[str, Any]]:
-    """One row an image and label: the `top_k` likeliest of each, then the images that could not be read."""
+    """Rows in the order of the input, each image that could not be read with a row for its error.
+
+    outcomes: see `Embeddings.outcomes`. of_image: rows of the n-th image that was read, without image and error; none
+    gives an empty row. value: the name of their number.
+    """
     rows: list[dict[str, Any]] = []
-    for key, chances in zip(keys, probabilities, strict=True):
-        for rank, best in enumerate((-chances).argsort()[:top_k], start=1):
-            chance = float(chances[best])
-            rows.append({"image": key, "rank": rank, "label": str(classes[best]), "probability": chance, "error": ""})
-    for key, reason in failures.items():
-        rows.append({"image": key, "rank": None, "label": None, "probability": None, "error": reason})
-        print(f"{key}: {reason}", file=sys.stderr)
+    read = 0
+    blank = {"rank": None, "label": None, value: None}
+    for outcome in outcomes:
+        own = [blank]
+        if outcome.reason is None:
+            own, read = of_image(read) or own, read + 1
+        rows += [{"image": shown_key(outcome), **one, "error": outcome.fault} for one in own]
     return rows
 
 
-def one_source(images: Sequence[str]) -> Any:
-    """The images named on a command line, as `embed` takes them: one name is a source, several are files."""
-    return images[0] if len(images) == 1 else list(images)
+def shown_key(outcome: Any) -> str:
+    """What an image is called: its key, or for a row of a table that has none of its own, where it stands."""
+    if outcome.place is not None and re.fullmatch(r"\d{9}", outcome.key):
+        return printable(str(outcome.place))
+    return str(outcome.key)
+
+
+def print_left_out(source: Any, outcomes: Sequence[Any], what: str = "") -> None:
+    """What was not read, on the error stream: the remarks of the source, and one line with all reasons."""
+    from contrastive.evaluation.remarks import source_remarks
+
+    for line in source_remarks(source):
+        print(f"{what}{line}", file=sys.stderr)
+    failures = [outcome for outcome in outcomes if outcome.reason is not None]
+    if failures:
+        first = {outcome.reason: outcome for outcome in reversed(failures)}
+        counts = Counter(outcome.reason for outcome in failures).most_common()
+        reasons = ", ".join(
+            f"{count:,} × {reason} ({'first ' if count > 1 else ''}{shown_key(first[reason])}"
+            f"{': ' + first[reason].detail if first[reason].detail else ''})"
+            for reason, count in counts
+        )
+        print(f"{what}not read: {len(failures):,} of {len(outcomes):,} images: {reasons}", file=sys.stderr)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -73,6 +151,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, str) and not value.isprintable():  # a line break would end the row
+        return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in value)
     return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
+from contrastive.cli.images import check_model, open_arguments
+from contrastive.cli.label_files import read_class_names
 from contrastive.cli.output import (
     add_image_arguments,
     add_output_arguments,
+    check_output,
     guess_rows,
-    one_source,
+    print_left_out,
     write_rows,
 )
 
@@ -29,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--C", metavar="C", help="strength, several with commas, clip, dinov2 or default (default)")
     fit.add_argument("--partial", metavar="SHARES", help="also fit to parts of the training set: 0.01,0.1,1")
     fit.add_argument("--features", choices=("tower", "projected"), default="tower", help="default: tower")
+    fit.add_argument(
+        "--class-names", metavar="FILE", help="names for class folders: JSON, CSV of two columns, or lines"
+    )
+    fit.add_argument(
+        "--class-weight", choices=("balanced",), help="balanced: every class counts alike, whatever its size"
+    )
     fit.add_argument("--invert", action="store_true", help="turn the images into their negatives first")
     fit.add_argument("--seed", type=int, default=0, help="of the validation split (default: 0)")
 
@@ -50,16 +60,22 @@ def _fit(args: argparse.Namespace) -> int:
     from contrastive.evaluation.belonging import identity_of
     from contrastive.models import load, reinitialised
 
+    check_output("OUTPUT", args.output, makes_folders=True)
+    check_model(args.model, [args.train])
+    class_names = None if args.class_names is None else read_class_names(args.class_names)
+    strengths, shares = _strengths(args.C), _shares(args.partial)
     model = load(args.model)
     outcome = probe_with_controls(
         model,
         args.train,
         args.test,
         lambda: reinitialised(model, args.seed),
-        C=_strengths(args.C),
-        partial=_shares(args.partial),
+        C=strengths,
+        partial=shares,
         features=args.features,
         label=args.label,
+        class_names=class_names,
+        class_weight=args.class_weight,
         invert=args.invert,
         seed=args.seed,
     )
@@ -73,6 +89,8 @@ def _fit(args: argparse.Namespace) -> int:
         results=outcome.results,
     )
     results = outcome.results
+    for remark in results["remarks"]:
+        print(f"warning: {remark}", file=sys.stderr)
     measured = f"{results['test_size']:,} test images" if args.test else "not measured: there is no --test DATA"
     print(f"{results['train_size']:,} training images, {results['classes']} classes; {measured}")
     rows = [_row(title, results[name]) for name, title in TITLES.items() if name in results]
@@ -81,7 +99,7 @@ def _fit(args: argparse.Namespace) -> int:
     if "majority" in results:
         print(f"always the commonest class: {100 * results['majority']['value']:.1f} %")
     for key, reason in outcome.failures.items():
-        print(f"left out {key}: {reason}")
+        print(f"not read: {key}: {reason}")
     print(f"saved {args.output}")
     return 0
 
@@ -129,21 +147,24 @@ def _predict(args: argparse.Namespace) -> int:
 
     if args.top_k < 1:
         raise UserError(f"--top-k {args.top_k}: give at least 1")
+    check_output("--output", args.output)
     probe = LinearProbe.load(args.probe)
     saved = probe.metadata_
     path = args.model or saved.get("model")
     if path is None:
         raise UserError(f"{args.probe} does not say which model it belongs to; name it with --model")
+    source = open_arguments(args.images, path)
     model = load(path)
     check_belongs(args.probe, saved, model, remedy="name its own model with --model, or fit again")
     found = embed(
         model,
-        one_source(args.images),
+        source,
         features=saved.get("features", "tower"),
         text=False,
         invert=args.invert or bool(saved.get("invert")),
     )
     probabilities = probe.predict_proba(found.image)
-    rows = guess_rows(found.keys, probabilities, probe.classes_.tolist(), args.top_k, found.failures)
+    rows = guess_rows(found.outcomes, probabilities, probe.classes_.tolist(), args.top_k)
     write_rows(rows, args.format, args.output)
+    print_left_out(source, found.outcomes)
     return 0

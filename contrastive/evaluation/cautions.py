@@ -14,6 +14,7 @@ def reader_warnings(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each thing that makes a result of these sets (see `table`) say less than it seems to."""
     lines = []
     for name, found in sets.items():
+        lines += [f"{name}: {remark}" for remark in found.get("remarks", ())]
         probe = found.get("probe", {}).get("model", {})
         tried = sorted(float(strength) for strength, _ in probe.get("validation_curve", ()))
         if len(tried) > 1 and float(probe["C"]) in (tried[0], tried[-1]):

@@ -17,11 +17,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from contrastive.errors import UserError
+from contrastive.evaluation.class_names import ClassNames, class_name_map
+from contrastive.evaluation.class_weights import ClassWeight
 from contrastive.evaluation.embed import Extracted, Images, Progress, extract, on_pixels
 from contrastive.evaluation.labelled import check_complete, open_labelled
+from contrastive.evaluation.labels import spelling_remarks
 from contrastive.evaluation.metrics import accuracies, class_ranks
 from contrastive.evaluation.probe import LinearProbe
 from contrastive.evaluation.protocol import Model
+from contrastive.evaluation.remarks import source_remarks
 from contrastive.shards import resize_square
 
 PIXEL_SIDE = 32  # 1,024 numbers a grey image, 3,072 a colour image
@@ -48,6 +52,8 @@ def probe_with_controls(
     partial: Sequence[float] = (),
     features: str = "tower",
     label: str | None = None,
+    class_names: ClassNames | None = None,
+    class_weight: ClassWeight = None,
     invert: bool = False,
     seed: int = 0,
     batch_size: int = 256,
@@ -64,13 +70,15 @@ def probe_with_controls(
         C, seed: see `LinearProbe`.  partial: shares of the training set, such as (0.01, 0.1, 1.0), to fit the
         model's probe to as well; each is a part of the next larger, drawn class by class, at least two samples of a
         class that has them.  features: "tower" (before the projection) or "projected".
+        class_names: names for the labels of both sets, see `class_name_map`.  class_weight: see `LinearProbe`, of all
+        probes.
         label, invert, batch_size, dtype, progress: see `open_labelled` and `embed`.
 
     Returns:
         results: `{"model", "random", "pixels"}`, each
         `{"top1", "top5", "mean_per_class", "C", "kkt", "width", "validation_curve", "border"}`
         (border: the best strength is the first or last of those tried), and
-        `{"train_size", "test_size", "classes", "seconds", "features"}`, and with `partial`
+        `{"train_size", "test_size", "classes", "seconds", "features", "class_weight", "remarks"}`, and with `partial`
         `"partial"`: one `{"share", "samples", "top1", "top5", "mean_per_class", "C", …}` a share. `"majority"`:
         `{"value"}`, the share of test images in the commonest training class. Pixels are the centre square at its
         own size, at most 32 x 32, in one channel when all of them are grey, from 0 to 1.
@@ -83,6 +91,7 @@ def probe_with_controls(
         raise UserError("partial: shares of the training set are compared on a test set; name one, or leave it out")
     if features not in ("projected", "tower"):
         raise UserError(f"features: '{features}' is unknown; use tower or projected")
+    remarks: list[str] = []
     functions: dict[str, Callable[[list[Image.Image]], NDArray[Any]]] = {"model": _features(model, features)}
     if test is not None:
         if random_model is not None:
@@ -93,12 +102,22 @@ def probe_with_controls(
         opened = open_labelled(source, label=label)
         found = extract(model, opened, functions, batch_size=batch_size, invert=invert, dtype=dtype, progress=progress)
         keys = [record.key for record in found.records]
-        return found, np.asarray(check_complete(str(source), [record.label for record in found.records], keys))
+        labels = check_complete(str(source), [record.label for record in found.records], keys)
+        remarks.extend(line for line in source_remarks(opened) if line not in remarks)
+        if class_names is not None:
+            mapping = class_name_map(labels, class_names, f"{source}: class names")
+            labels = [mapping[one] for one in labels]
+        return found, np.asarray(labels)
+
+    def fitted_probe(rows: NDArray[Any], labels: NDArray[np.str_]) -> LinearProbe:
+        return LinearProbe(C, seed=seed, class_weight=class_weight).fit(rows, labels)
 
     train_found, train_labels = read(train)
+    remarks += spelling_remarks(sorted(set(train_labels)))
     fitted = {"features": features, "train_size": len(train_labels), "classes": len(set(train_labels))}
+    fitted |= {"class_weight": class_weight, "remarks": remarks}
     if test is None:
-        probe = LinearProbe(C, seed=seed).fit(train_found.features["model"], train_labels)
+        probe = fitted_probe(train_found.features["model"], train_labels)
         results = fitted | {"model": _summary(probe), "seconds": time.perf_counter() - started}
         return ProbeOutcome(probe, results, train_found.failures)
 
@@ -115,12 +134,12 @@ def probe_with_controls(
         rows_train, rows_test = (found.features[name] for found in (train_found, test_found))
         if name == "pixels":
             rows_train, rows_test = _flat(rows_train, grey), _flat(rows_test, grey)
-        probe = probes[name] = LinearProbe(C, seed=seed).fit(rows_train, train_labels)
+        probe = probes[name] = fitted_probe(rows_train, train_labels)
         results[name] = _measure(probe, rows_test, test_labels)
         if name == "model" and partial:
             results["partial"] = [
                 {"share": part, "samples": len(rows)}
-                | _measure(LinearProbe(C, seed=seed).fit(rows_train[rows], train_labels[rows]), rows_test, test_labels)
+                | _measure(fitted_probe(rows_train[rows], train_labels[rows]), rows_test, test_labels)
                 for part, rows in _parts(train_labels, partial, seed)
             ]
     names, counts = np.unique(train_labels, return_counts=True)

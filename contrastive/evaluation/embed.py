@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,14 +24,34 @@ from torch import Tensor
 
 from contrastive.errors import UserError
 from contrastive.evaluation.duplicates import difference_hashes
+from contrastive.evaluation.label_arrays import is_missing
 from contrastive.evaluation.protocol import Model, inference
 from contrastive.images import to_rgb
+from contrastive.printable import printable
 from contrastive.shards import Record, Rejected, ShardIndex, Source, decode_image, open_source
 from contrastive.shards.sources import ShardSource
 
 Images = str | PathLike[str] | Source | ShardIndex | Sequence[Any]
 Progress = Callable[[int, int], None]  # images done, images in all
 Functions = Mapping[str, Callable[[list[Image.Image]], Any]]
+
+
+class Outcome(NamedTuple):
+    """What became of one item of a source.
+
+    reason: why it was left out, to be counted; None for one that has a row. detail: the value that this is about, such
+    as a path or a size. place: file and line of the item's row in a table, where that is known.
+    """
+
+    key: str
+    reason: str | None = None
+    detail: str | None = None
+    place: str | None = None
+
+    @property
+    def fault(self) -> str:
+        """The reason with its detail; "" where there is none."""
+        return f"{self.reason} ({self.detail})" if self.reason and self.detail else self.reason or ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +66,7 @@ class Embeddings:
     image_tower (N, F), text_tower (T, E): the features before the projection, with features="both".
     looks: uint64 (N, 4), the perceptual hashes (see `duplicates`), with features="both".  content: a hash of what was
     read: keys, labels, captions and the bytes of every image.
+    outcomes: of every item of the source, in its order.  unlabelled: keys of the rows without a label.
     """
 
     image: NDArray[np.float32]
@@ -59,6 +80,8 @@ class Embeddings:
     text_tower: NDArray[np.float32] | None = None
     looks: NDArray[np.uint64] | None = None
     content: str = ""
+    outcomes: list[Outcome] = field(default_factory=list)
+    unlabelled: list[str] = field(default_factory=list)
 
     @property
     def rejected(self) -> dict[str, int]:
@@ -70,13 +93,13 @@ class Embeddings:
 class Extracted:
     """What `extract` found: features by name, the records (without image bytes), and a hash of what was read.
 
-    reasons: of every item of the source in order, why it could not be read; None where it could.
+    outcomes: see `Embeddings`.
     """
 
     features: dict[str, NDArray[Any]]
     records: list[Record]
     failures: dict[str, str]
-    reasons: list[str | None]
+    outcomes: list[Outcome]
     content: str
 
 
@@ -136,7 +159,7 @@ def embed(
             dtype=dtype,
             progress=progress,
         )
-        check_readable(source, len(found.keys), found.failures, max_unreadable)
+        check_readable(source, found.outcomes, max_unreadable)
         return found
     seen = extract(
         model,
@@ -148,12 +171,14 @@ def embed(
         dtype=dtype,
         progress=progress,
     )
-    check_readable(source, len(seen.records), seen.failures, max_unreadable)
+    check_readable(source, seen.outcomes, max_unreadable)
     texts, owners = caption_rows(seen.records, text)
     rows_of_text: dict[str, NDArray[np.float32]] = {}
     if texts:
         rows_of_text = encode_texts(model, texts, batch_size=batch_size, features=features, dtype=dtype)
-    return assemble(seen.records, seen.failures, seen.features, rows_of_text, texts, owners, seen.content)
+    return assemble(
+        seen.records, seen.failures, seen.features, rows_of_text, texts, owners, seen.content, seen.outcomes
+    )
 
 
 def caption_rows(records: Sequence[Record], text: bool | str) -> tuple[list[str], NDArray[np.int64]]:
@@ -175,6 +200,7 @@ def assemble(
     texts: list[str],
     owners_T: NDArray[np.int64],
     content: str,
+    outcomes: list[Outcome],
 ) -> Embeddings:
     """`Embeddings` of the records that could be read, from their rows by kind ("image", "image_tower", …)."""
     labels = [record.label for record in records]
@@ -191,21 +217,24 @@ def assemble(
         text_tower=of_text.get("text_tower"),
         looks=of_image.get("looks"),
         content=content,
+        outcomes=outcomes,
+        unlabelled=[record.key for record in records if record.label is None],
     )
 
 
-def check_readable(source: Images, read: int, failures: dict[str, str], limit: float) -> None:
+def check_readable(source: Images, outcomes: Sequence[Outcome], limit: float) -> None:
     """Raises `UserError`, with the commonest reasons and a few keys, when too large a share could not be read."""
-    total = read + len(failures)
-    if not read:
-        shown = ", ".join(f"{key}: {reason}" for key, reason in list(failures.items())[:3])
+    total, failures = len(outcomes), [one for one in outcomes if one.reason is not None]
+    if len(failures) == total:
+        shown = ", ".join(f"{one.key}: {one.fault}" for one in failures[:3])
         reasons = f"none of the {total} images can be read ({shown})" if failures else "there is no image"
         raise UserError(f"{_name(source)}: {reasons}")
     if len(failures) > limit * total:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in Counter(failures.values()).most_common(3))
+        counts = Counter(one.reason for one in failures)
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in counts.most_common(3))
         raise UserError(
             f"{_name(source)}: {len(failures)} of {total} images cannot be read ({reasons}; first "
-            f"{next(iter(failures))}), the limit is {limit:.1%}; mend them or raise the limit"
+            f"{failures[0].key}), the limit is {limit:.1%}; mend them or raise the limit"
         )
 
 
@@ -261,7 +290,7 @@ def extract(
     records = open_images(source)
     total = len(records)  # type: ignore[arg-type]
     found = extract_items(model, records, functions, batch_size, workers, invert, dtype, progress, total)
-    check_readable(source, len(found.records), found.failures, 1.0)
+    check_readable(source, found.outcomes, 1.0)
     return found
 
 
@@ -280,7 +309,7 @@ def extract_items(
     rows: dict[str, list[NDArray[Any]]] = {}
     kept: list[Record] = []
     failures: dict[str, str] = {}
-    reasons: list[str | None] = []
+    outcomes: list[Outcome] = []
     digest = hashlib.blake2b(digest_size=16)
     done = 0
     for batch in _decoded(records, batch_size, workers):
@@ -288,12 +317,15 @@ def extract_items(
         images = []
         for record, image, content in batch:
             digest.update(content)
-            reasons.append(image.reason if isinstance(image, Rejected) else None)
+            key = printable(record.key)
             if isinstance(image, Rejected):
-                failures[record.key] = image.reason
+                detail = getattr(image, "detail", None) or record.detail
+                outcomes.append(Outcome(key, image.reason, detail and printable(detail), record.place))
+                failures[key] = image.reason
                 continue
+            outcomes.append(Outcome(key, place=record.place))
             images.append(ImageOps.invert(image) if invert else image)
-            kept.append(Record(record.key, None, record.captions, record.label))
+            kept.append(Record(key, None, record.captions, class_label(record.label)))
         if images:
             with inference(model, dtype):
                 for name, function in functions.items():
@@ -303,7 +335,12 @@ def extract_items(
         if progress is not None:
             progress(done, total)
     features = {name: np.concatenate(blocks) for name, blocks in rows.items()}
-    return Extracted(features, kept, failures, reasons, digest.hexdigest())
+    return Extracted(features, kept, failures, outcomes, digest.hexdigest())
+
+
+def class_label(label: Any) -> str | None:
+    """A label of a source as text without outer white space; None for a missing one."""
+    return None if is_missing(label) else printable(str(label).strip())
 
 
 def on_images(model: Model, features: str) -> Callable[[list[Image.Image]], dict[str, NDArray[Any]]]:

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from contrastive.evaluation.embed import Embeddings, Images, open_images
 from contrastive.evaluation.retrieval import best_hits
+from contrastive.printable import printable
 from contrastive.shards import Rejected, ShardIndex, decode_image
 
 
@@ -98,16 +99,17 @@ def _images(source: Images, keys: set[str], invert: bool) -> dict[str, Image.Ima
     """The images with these keys, no larger than 96 pixels: a second pass, that decodes only them."""
     images = {}
     if isinstance(source, ShardIndex):  # random access: the other images are not read
-        numbers = [i for i in range(len(source)) if source.key(i) in keys]
+        numbers = [i for i in range(len(source)) if printable(source.key(i)) in keys]
         records: Any = map(source.record, numbers)
     else:
         records = open_images(source)
     for record in records:
-        if record.key in keys and record.image is not None:
+        key = printable(record.key)
+        if key in keys and record.image is not None:
             try:
                 image = decode_image(record.image)
             except Rejected:  # the same key twice, one of them damaged
                 continue
             image.thumbnail((96, 96))
-            images[record.key] = ImageOps.invert(image) if invert else image
+            images[key] = ImageOps.invert(image) if invert else image
     return images

@@ -127,7 +127,7 @@ def _fill(
     for number, (part, offset) in enumerate(zip(data.parts, data.offsets.tolist(), strict=False)):
         found = embed(model, part, features=features, cache=folder / "filling" / str(number), progress=progress)
         assert found.text is not None, "the index holds no sample without a caption"
-        reasons = {i: found.failures[key] for i in range(len(part)) if (key := part.key(i)) in found.failures}
+        reasons = {i: one.reason for i, one in enumerate(found.outcomes) if one.reason is not None}
         rejected |= {offset + i: reason for i, reason in reasons.items()}
         read = np.array([i not in reasons for i in range(len(part))])
         assert read.sum() == len(found.keys)

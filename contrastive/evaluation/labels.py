@@ -36,8 +36,8 @@ def check_labels(labels: Sequence[str]) -> list[str]:
         if is_missing(item):
             raise UserError(f"labels: number {number} is {'empty' if isinstance(item, str) else item}; remove it")
         raise UserError(
-            f"labels: number {number} is {item!r}, a {type(item).__name__}; the text tower reads names: give text, such "
-            "as 'cat'"
+            f"labels: number {number} is {item!r}, a {type(item).__name__}; the text tower reads names: give text, "
+            "such as 'cat'"
         )
     plain = [str(label).strip() for label in labels]
     if not plain:

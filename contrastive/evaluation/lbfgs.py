@@ -199,6 +199,8 @@ def _preconditioner(batch: Batch, power_GR: Tensor | None) -> Tensor:
     chance = torch.sigmoid(batch.logits) if batch.sigmoid else torch.softmax(batch.logits, dim=2)
     curvature_GP = (chance * (1 - chance)).mean(dim=(1, 2)).clamp_min(1e-6)
     samples = torch.full((groups, 1), float(batch.features.shape[1]))
+    if batch.weight is not None and batch.weight.shape[-1] == 1:
+        samples = batch.weight.sum(dim=1)[:, :, 0]
     power = torch.cat([power_GR, samples], dim=1).to(curvature_GP.dtype)[:, :, None, None]
     diagonal = (batch.strength * curvature_GP)[:, None, None] * power
     diagonal[:, : batch.penalised] += 1

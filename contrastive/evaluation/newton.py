@@ -91,7 +91,7 @@ def newton(batch: Batch, path: Path, tolerance: float, max_iter: int) -> tuple[i
     while count < max_iter:
         chance_NK, spread_NK = _chances(batch)
         if path.stale or path.curvature is None:
-            path.curvature, path.stale = _curvature(features_NR, chance_NK, spread_NK, batch.sigmoid), False
+            path.curvature, path.stale = _curvature(batch, features_NR, chance_NK, spread_NK), False
             batch.flops += path.curvature.flops
             factor = None
         if factor is None:
@@ -111,13 +111,18 @@ def newton(batch: Batch, path: Path, tolerance: float, max_iter: int) -> tuple[i
 
 
 def _chances(batch: Batch) -> tuple[Tensor, Tensor]:
-    """p and p (1 - p) in float32: the second from float64, as 1 - p of a sure sample is 0 in float32."""
+    """p, and p (1 - p) times the sample's weight, in float32: 1 - p from float64, as that of a sure sample is 0 in
+    float32.
+    """
     logits_NK = batch.logits[0, :, :, 0]
     chance_NK = torch.sigmoid(logits_NK) if batch.sigmoid else torch.softmax(logits_NK, dim=1)
-    return chance_NK.float(), (chance_NK * (1 - chance_NK)).float()
+    spread_NK = chance_NK * (1 - chance_NK)
+    if batch.weight is not None:
+        spread_NK *= batch.weight[0, :, :, 0]
+    return chance_NK.float(), spread_NK.float()
 
 
-def _curvature(features_NR: Tensor, chance_NK: Tensor, weight_NK: Tensor, sigmoid: bool) -> Curvature:
+def _curvature(batch: Batch, features_NR: Tensor, chance_NK: Tensor, weight_NK: Tensor) -> Curvature:
     """From the samples that are least certain, scaled to stand for all."""
     weight_N = weight_NK.sum(dim=1)
     directions, classes = features_NR.shape[1] + 1, chance_NK.shape[1]
@@ -125,13 +130,15 @@ def _curvature(features_NR: Tensor, chance_NK: Tensor, weight_NK: Tensor, sigmoi
     chosen = weight_N.topk(rows).indices
     scale = weight_N.sum() / weight_N[chosen].sum().clamp_min(1e-30)
     chance_NK, weight_NK = chance_NK[chosen], weight_NK[chosen] * scale
+    if batch.weight is not None:
+        scale = scale * batch.weight[0, chosen, 0, 0].float()
     whole_NA = torch.nn.functional.pad(features_NR[chosen], (0, 1), value=1.0)
     flops = 2.0 * rows * directions**2
 
     def gram(weight_N: Tensor) -> Tensor:
         return (whole_NA * weight_N[:, None]).T @ whole_NA
 
-    if not sigmoid and classes * directions <= WHOLE:
+    if not batch.sigmoid and classes * directions <= WHOLE:
         whole = whole_NA.new_empty(classes, directions, classes, directions)
         for k in range(classes):
             for other in range(k):
@@ -150,6 +157,7 @@ def _conjugate(
 ) -> tuple[Tensor, int]:
     """-H^-1 g but for a share of `FORCING`, (A, K), in float32; and how many products of H it took."""
     strength, top_N1 = float(batch.strength[0]), chance_NK.argmax(dim=1, keepdim=True)
+    weight_N1 = None if batch.weight is None else batch.weight[0, :, :, 0].float()  # sigmoids have it in the spread
 
     def product(step_AK: Tensor) -> Tensor:
         logits_NK = features_NR @ step_AK[:-1] + step_AK[-1]
@@ -158,6 +166,8 @@ def _conjugate(
         else:
             logits_NK -= logits_NK.gather(1, top_N1)  # else a sure sample's own logit drowns in rounding
             logits_NK = chance_NK * (logits_NK - (chance_NK * logits_NK).sum(dim=1, keepdim=True))
+            if weight_N1 is not None:
+                logits_NK *= weight_N1
         result = torch.empty_like(step_AK)
         torch.mm(features_NR.T, logits_NK, out=result[:-1])
         result[-1] = logits_NK.sum(dim=0)

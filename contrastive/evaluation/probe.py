@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from scipy.special import expit, log_expit, log_softmax, softmax
 
 from contrastive.errors import UserError
+from contrastive.evaluation.class_weights import ClassWeight, sample_weights
 from contrastive.evaluation.estimator import (
     Estimator,
     check_features,
@@ -39,7 +40,8 @@ SWEEP_TOLERANCE = 1e-4  # enough to rank strengths; the refit goes on to `tol`
 class LinearProbe(Estimator):
     """Softmax regression on frozen features, the objective of scikit-learn's `LogisticRegression`.
 
-    C * sum of cross-entropies + 1/2 |W|^2, the intercept free; the solution is the optimum itself, to `tol`.
+    C * sum of cross-entropies + 1/2 |W|^2, the intercept free; the solution is the optimum itself, to `tol`. A weight,
+    of a class or a sample, multiplies the sample's cross-entropy.
     With two classes there are still two rows of weights, which equals scikit-learn's single one at 2 C.
     Several labels a sample, y of 0 and 1 with shape (n, labels), are independent sigmoids (one-vs-rest).
 
@@ -51,8 +53,11 @@ class LinearProbe(Estimator):
         A warning is given when the best strength is the smallest or the largest that was allowed.
     validation: share of the *training* samples, drawn class by class, that strengths are compared on.
         Afterwards the probe is fitted again to all of them. The better accuracy wins, at a tie the smaller
-        cross-entropy; with several labels a sample the smaller cross-entropy alone.
+        cross-entropy; with several labels a sample the smaller cross-entropy alone. Both are means by the same weights
+        as the fit's ("balanced" counts all training samples, once), so that a balanced probe chooses by the mean
+        accuracy of the classes.
     seed: of that split.
+    class_weight: "balanced", a dict class -> weight, or None; see `sample_weights`. One label a sample only.
     tol: the fit ends when its gradient bounds what is left above the optimum by this share of the objective.
     max_iter: iterations of L-BFGS; a fit that ends there warns that it is short of `tol`.
 
@@ -72,14 +77,18 @@ class LinearProbe(Estimator):
         seed: int = 0,
         tol: float = 1e-7,
         max_iter: int = 10_000,
+        class_weight: ClassWeight = None,
     ) -> None:
+        self.class_weight = class_weight
         self.C, self.validation, self.seed, self.tol, self.max_iter = C, validation, seed, tol, max_iter
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> LinearProbe:
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> LinearProbe:
         """Fit to features X (n, dim) and labels y: (n,) strings or integers, or (n, labels) of 0 and 1.
 
-        Raises `UserError` for non-finite features, fewer than two classes, a C that is not positive, or
-        lengths that differ.
+        sample_weight: (n,), how much each sample counts; 0 leaves it out.
+
+        Raises `UserError` for non-finite features, a missing label, fewer than two classes, a C that is not positive,
+        lengths that differ, and weights that cannot be meant (see `sample_weights`).
         """
         features = check_features(X)
         labels = check_labels(y, len(features))
@@ -92,15 +101,21 @@ class LinearProbe(Estimator):
                 found = ", ".join(map(str, self.classes_)) or "none"
                 classes = "1 class" if len(self.classes_) else "no class"
                 raise UserError(f"probe: needs at least two classes, the training labels have {classes}: {found}")
+        if self.multilabel_ and self.class_weight is not None:
+            raise UserError("probe: class_weight: needs one label a sample; with several give sample_weight")
+        numbers = np.zeros(len(target), np.int64) if self.multilabel_ else target
+        weights = sample_weights(self.class_weight, sample_weight, numbers, self.classes_[: numbers.max() + 1])
+        if weights is not None and not weights.all():
+            features, target, weights = features[weights > 0], target[weights > 0], weights[weights > 0]
         self.n_features_in_ = features.shape[1]
         self.metadata_: dict[str, Any] = {}
         self.curve_: list[dict[str, float]] = []
         start = None
         if self.C is None or isinstance(self.C, str) or np.ndim(self.C) > 0:
-            self.C_, start = self._choose(features, target)
+            self.C_, start = self._choose(features, target, weights)
         else:
             self.C_ = _positive(float(self.C))  # type: ignore[arg-type]
-        solution = self._problem(features, target).solve(
+        solution = self._problem(features, target, weights).solve(
             [self.C_], tolerance=self.tol, max_iter=self.max_iter, start=start
         )
         assert isinstance(solution, Solutions)
@@ -149,9 +164,10 @@ class LinearProbe(Estimator):
         logits = self.logits(X)
         return (logits > 0).astype(np.int64) if self.multilabel_ else self.classes_[logits.argmax(axis=1)]
 
-    def score(self, X: ArrayLike, y: ArrayLike) -> float:
+    def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
         """Share of the rows whose predicted class is `y`; with several labels, of the rows that are right in all.
 
+        sample_weight: (n,), makes it a share of their sum.
         Raises `UserError` for labels of another type than `classes_`, and for classes that were not fitted.
         """
         logits = self.logits(X)
@@ -159,10 +175,10 @@ class LinearProbe(Estimator):
             truth = check_label_shape(y, len(logits), "score")
             if truth.shape != logits.shape:
                 raise UserError(f"score: y has shape {truth.shape}; give 0 or 1 for each label, {logits.shape}")
-            return float(((logits > 0) == truth).all(axis=1).mean())
+            return _share(((logits > 0) == truth).all(axis=1), sample_weight)
         place = label_places(y, self.classes_, "score")
         check_rows(place, len(logits), "score")
-        return float((logits.argmax(axis=1) == place).mean())
+        return _share(logits.argmax(axis=1) == place, sample_weight)
 
     def save(self, path: str | Path, **metadata: Any) -> None:
         """Write one safetensors file: weights, and a JSON header with classes, C, the curve and `metadata`.
@@ -175,6 +191,9 @@ class LinearProbe(Estimator):
             "C": self.C_,
             "kkt": self.kkt_,
             "multilabel": self.multilabel_,
+            "class_weight": list(self.class_weight.items())
+            if isinstance(self.class_weight, Mapping)
+            else self.class_weight,
             "curve": self.curve_,
             "metadata": self.metadata_ | metadata,
         }
@@ -196,7 +215,8 @@ class LinearProbe(Estimator):
                 coef, intercept = file.get_tensor("coef"), file.get_tensor("intercept")
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise UserError(f"probe: {path} is not a probe file; write one with `contrastive probe fit`") from error
-        probe = cls(C=header["C"])
+        weight = header.get("class_weight")  # files of older versions have none
+        probe = cls(C=header["C"], class_weight=dict(weight) if isinstance(weight, list) else weight)
         probe.coef_, probe.intercept_ = coef, intercept
         probe.classes_, probe.C_ = np.asarray(header["classes"]), header["C"]
         # files of format 1 have only pairs (C, accuracy), one label a row, and no norm
@@ -206,15 +226,21 @@ class LinearProbe(Estimator):
         probe.n_features_in_, probe.metadata_ = coef.shape[1], header["metadata"]
         return probe
 
-    def _problem(self, features: NDArray[Any], target: NDArray[np.int64]) -> SoftmaxRegression:
-        return SoftmaxRegression(features, target, None if self.multilabel_ else len(self.classes_))
+    def _problem(
+        self, features: NDArray[Any], target: NDArray[np.int64], weights: NDArray[np.float64] | None
+    ) -> SoftmaxRegression:
+        classes = None if self.multilabel_ else len(self.classes_)
+        return SoftmaxRegression(features, target, classes, sample_weight=weights)
 
-    def _choose(self, features: NDArray[Any], target: NDArray[np.int64]) -> tuple[float, tuple[Any, Any]]:
+    def _choose(
+        self, features: NDArray[Any], target: NDArray[np.int64], weights: NDArray[np.float64] | None
+    ) -> tuple[float, tuple[Any, Any]]:
         """The best strength on the validation split, and the solution there."""
         adaptive = self.C is None or (isinstance(self.C, str) and self.C == "default")
         grid = COARSE if adaptive else _grid(self.C)
         fitted, held = _split(target, self.validation, self.seed)
-        problem = self._problem(features[fitted], target[fitted])
+        problem = self._problem(features[fitted], target[fitted], None if weights is None else weights[fitted])
+        held_weights = None if weights is None else weights[held]
         entries: dict[float, dict[str, float]] = {}
         solutions: dict[float, tuple[Any, Any]] = {}
 
@@ -230,7 +256,7 @@ class LinearProbe(Estimator):
             for p, strength in enumerate(strengths):
                 solutions[strength] = found.coef_PKD[p], found.intercept_PK[p]
                 logits = features[held] @ found.coef_PKD[p].T + found.intercept_PK[p]
-                entries[strength] = {"C": strength} | _measured(logits, target[held])
+                entries[strength] = {"C": strength} | _measured(logits, target[held], held_weights)
                 entries[strength]["iterations"] = int(found.iterations_P[p])
 
         def best() -> float:
@@ -266,14 +292,26 @@ class LinearProbe(Estimator):
         return chosen, solutions[chosen]
 
 
-def _measured(logits_NK: NDArray[Any], target: NDArray[np.int64]) -> dict[str, float]:
+def _share(right_N: NDArray[np.bool_], sample_weight: ArrayLike | None) -> float:
+    if sample_weight is None:
+        return float(right_N.mean())
+    weights = sample_weights(None, sample_weight, np.zeros(len(right_N), np.int64), np.zeros(1))
+    return float(np.average(right_N, weights=weights))
+
+
+def _measured(
+    logits_NK: NDArray[Any], target: NDArray[np.int64], weights: NDArray[np.float64] | None
+) -> dict[str, float]:
     if target.ndim == 2:
         right = (logits_NK > 0) == target
         loss = -log_expit(np.where(target == 1, logits_NK, -logits_NK)).sum(axis=1)
     else:
         right = logits_NK.argmax(axis=1) == target
         loss = -np.take_along_axis(log_softmax(logits_NK, axis=1), target[:, None], axis=1)
-    return {"accuracy": float(right.mean()), "cross_entropy": float(loss.mean())}
+    if weights is None:
+        return {"accuracy": float(right.mean()), "cross_entropy": float(loss.mean())}
+    accuracy = np.average(right.mean(axis=1) if right.ndim == 2 else right, weights=weights)
+    return {"accuracy": float(accuracy), "cross_entropy": float(np.average(loss.reshape(-1), weights=weights))}
 
 
 def _grid(C: Any) -> tuple[float, ...]:

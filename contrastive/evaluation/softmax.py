@@ -66,6 +66,7 @@ class SoftmaxRegression:
     0 and 1 as (N, K) or (G, N, K). classes: K; None for sigmoids.
     offset: logits (N, K) or (G, N, K) added to those of the features: a prior to start from.
     free_intercept: False penalises it as a weight, so that C -> 0 leaves the offset alone.
+    sample_weight: of the cross-entropy of each sample, (N,), on one set of samples; of all problems.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class SoftmaxRegression:
         *,
         offset: NDArray[np.floating] | None = None,
         free_intercept: bool = True,
+        sample_weight: NDArray[np.floating] | None = None,
     ) -> None:
         # writable, or torch warns of what we do not do
         features = torch.as_tensor(np.require(features_GND, requirements=("C", "W")), dtype=torch.float64)
@@ -92,14 +94,21 @@ class SoftmaxRegression:
             self.offset = (self.offset if self.grouped else self.offset[None])[..., None]
         # A penalised intercept belongs to the features as they are.
         self.mean_GD = features_GND_.mean(dim=1) if free_intercept else torch.zeros_like(features_GND_[:, 0])
+        self.weight_N: Tensor | None = None
+        if sample_weight is not None:
+            assert not self.grouped, "weights of samples that groups share"
+            self.weight_N = torch.as_tensor(np.array(sample_weight, np.float64))
+            if free_intercept:
+                self.mean_GD = self.weight_N @ features_GND_ / self.weight_N.sum()
         centred = features_GND_ - self.mean_GD[:, None]
+        weighted = centred if self.weight_N is None else centred * self.weight_N.sqrt()[:, None]
         # Eigenvectors of the smaller of X'X and XX'. Null directions are dropped: the optimum has no weight there.
         if centred.shape[2] <= centred.shape[1]:
-            power_GR, basis_GDR = torch.linalg.eigh(centred.transpose(1, 2) @ centred)
+            power_GR, basis_GDR = torch.linalg.eigh(weighted.transpose(1, 2) @ weighted)
         else:
-            power_GR, left = torch.linalg.eigh(centred @ centred.transpose(1, 2))
+            power_GR, left = torch.linalg.eigh(weighted @ weighted.transpose(1, 2))
             basis_GDR = (
-                centred.transpose(1, 2) @ left / power_GR.clamp_min(torch.finfo(torch.float64).tiny).sqrt()[:, None]
+                weighted.transpose(1, 2) @ left / power_GR.clamp_min(torch.finfo(torch.float64).tiny).sqrt()[:, None]
             )
         noise = max(centred.shape[1:]) * torch.finfo(torch.float64).eps
         kept = power_GR > power_GR.amax(dim=1, keepdim=True) * noise
@@ -132,10 +141,14 @@ class SoftmaxRegression:
         precondition, coarse_to_fine: False for comparison.
         """
         strength_P = torch.as_tensor([float(c) for c in strengths], dtype=torch.float64)
+        alone = weight is None and precondition and not self.grouped
+        if self.weight_N is not None and not alone:  # side by side, each problem has its own
+            own = self.weight_N.numpy()[:, None]
+            weight = np.broadcast_to(own, (len(own), len(strengths))) if weight is None else own * weight
         work = _Work(self, strength_P, weight, precondition)
         if start is not None:
             work.start_from(*(torch.as_tensor(np.asarray(part), dtype=torch.float64) for part in start))
-        if weight is None and precondition and not self.grouped:
+        if alone:
             work.follow(tolerance, max_iter, coarse_to_fine, started=start is not None, polish=polish)
             return work.solutions()[0]
         precisions = (torch.float32, torch.float64) if polish else (torch.float32,)
@@ -266,7 +279,10 @@ class _Work:
         offset = None if problem.offset is None else problem.offset.to(dtype)
         strength_P = self.strength_P[[p]] if strength is None else torch.tensor([strength])
         strength_P, point = strength_P.to(dtype), self.point_GAKP[..., [p]].to(dtype)
-        return Batch(features, problem.target, problem.sigmoid, strength_P, point, None, offset, problem.free_intercept)
+        weight = None if problem.weight_N is None else problem.weight_N.to(dtype)[None, :, None, None]
+        return Batch(
+            features, problem.target, problem.sigmoid, strength_P, point, weight, offset, problem.free_intercept
+        )
 
     def run(self, columns: Tensor, tolerance: float, promise: float, max_iter: int, dtype: torch.dtype) -> None:
         """Move problems `columns` to their optimum: rounds of L-BFGS, each on features rotated for what is left."""
@@ -360,6 +376,7 @@ class _Work:
         """In the coordinates of the features, with objective and gradient in float64."""
         problem = self.problem
         objective, kkt = [], []
+        shared = None if problem.weight_N is None else problem.weight_N[None, :, None, None]
         for part in torch.arange(len(self.strength_P)).split(
             max(1, int(MOST / 2 / (problem.rotated_GNR.shape[1] * problem.classes * len(problem.rotated_GNR))))
         ):
@@ -369,7 +386,7 @@ class _Work:
                 problem.sigmoid,
                 self.strength_P[part],
                 self.point_GAKP[..., part],
-                None if self.weight is None else self.weight[..., part],
+                shared if self.weight is None else self.weight[..., part],
                 problem.offset,
                 problem.free_intercept,
             )

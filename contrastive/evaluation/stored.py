@@ -29,9 +29,11 @@ from contrastive.errors import Fault, UserError
 from contrastive.evaluation.embed import (
     Embeddings,
     Images,
+    Outcome,
     Progress,
     assemble,
     caption_rows,
+    class_label,
     content_hash,
     encode_texts,
     extract_items,
@@ -40,6 +42,7 @@ from contrastive.evaluation.embed import (
     read_item,
 )
 from contrastive.evaluation.protocol import Model
+from contrastive.printable import printable
 from contrastive.shards import Record, Source
 
 FORMAT = 1
@@ -88,13 +91,14 @@ def embed_stored(
             if _part(file).get("content") != content or not (folder / "image.npy").exists():
                 file.unlink(missing_ok=True)  # before its rows change
                 seen = extract_items(model, items, make, batch_size, workers, invert, dtype, None, total)
-                read = np.array([reason is None for reason in seen.reasons])
+                reasons = [outcome.reason for outcome in seen.outcomes]
+                read = np.array([reason is None for reason in reasons])
                 for kind, rows in seen.features.items():
                     whole = np.zeros((len(items), *rows.shape[1:]), rows.dtype)
                     whole[read] = rows
                     write_rows(folder / f"{kind}.npy", total, start, whole)
-                outcomes = [(r.key, r.label, r.captions, why) for (r, _), why in zip(items, seen.reasons, strict=True)]
-                write_json(file, {"content": content, "items": outcomes})
+                made_of = [(r.key, r.label, r.captions, why) for (r, _), why in zip(items, reasons, strict=True)]
+                write_json(file, {"content": content, "items": made_of})
             if progress is not None:
                 progress(min(start + PART, last * PART, total), total)
 
@@ -105,13 +109,18 @@ def embed_stored(
                 f"cache: process {rank_and_world()[0]} does not find all of {folder}; choose another folder"
             )
     every = [item for part in found for item in part["items"]]
-    kept = [Record(key, None, tuple(captions), label) for key, label, captions, reason in every if reason is None]
-    failures = {key: reason for key, _, _, reason in every if reason is not None}
+    kept = [
+        Record(printable(key), None, tuple(captions), class_label(label))
+        for key, label, captions, reason in every
+        if reason is None
+    ]
+    outcomes = [Outcome(printable(key), reason) for key, _, _, reason in every]
+    failures = {one.key: one.reason for one in outcomes if one.reason is not None}
     read = np.array([reason is None for *_, reason in every], dtype=bool)
     content = _digest(*(part["content"].encode() for part in found))
     if not kept:
         return assemble(
-            [], failures, {"image": np.zeros((0, model.dim), np.float32)}, {}, [], np.zeros(0, int), content
+            [], failures, {"image": np.zeros((0, model.dim), np.float32)}, {}, [], np.zeros(0, int), content, outcomes
         )
 
     texts, owners_T = caption_rows(kept, text)
@@ -130,7 +139,7 @@ def embed_stored(
                 "failures": failures,
             }
             write_json(folder / "summary.json", summary, indent=2)
-    return assemble(kept, failures, of_image, of_text, texts, owners_T, content)
+    return assemble(kept, failures, of_image, of_text, texts, owners_T, content, outcomes)
 
 
 def model_hash(model: Model) -> str:

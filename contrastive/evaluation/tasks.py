@@ -21,20 +21,23 @@ from scipy.special import softmax
 
 from contrastive.errors import UserError
 from contrastive.evaluation.checks import check_finite, check_known, check_trained, possible_shots
+from contrastive.evaluation.class_names import ClassNames, class_name_map
 from contrastive.evaluation.classification import Judged, judge, repeated_images
 from contrastive.evaluation.composition import pair_scores, swapped
 from contrastive.evaluation.embed import Embeddings, Images, Progress, embed, embed_texts
 from contrastive.evaluation.examples import Examples, draw_examples
 from contrastive.evaluation.figures import Map, embedding_map
 from contrastive.evaluation.labelled import open_labelled
+from contrastive.evaluation.labels import check_labels, check_several, in_order, number_remark, spelling_remarks
 from contrastive.evaluation.metrics import share
 from contrastive.evaluation.predictions import Predictions
 from contrastive.evaluation.probed import fit_probes, judge_probe, pixel_rows
 from contrastive.evaluation.protocol import Model
+from contrastive.evaluation.remarks import source_remarks
 from contrastive.evaluation.retrieval import KS, hubness, rank_both, recalls, retrieval_ranks, summary
 from contrastive.evaluation.template_spread import template_spread
 from contrastive.evaluation.templates import read_templates
-from contrastive.evaluation.zeroshot import ZeroShotClassifier, check_labels
+from contrastive.evaluation.zeroshot import ZeroShotClassifier
 from contrastive.shards import caption_id
 
 LABELLED_TASKS = ("zeroshot", "probe", "fewshot", "knn", "retrieval")
@@ -159,6 +162,9 @@ def evaluate_pairs(
     }
     if found.failures:
         results["failures"] = found.failures
+    remarks = source_remarks(source)
+    if remarks:
+        results["remarks"] = remarks
     if thorough:
         results |= {"hubness": _hubs(found.image, found.text), "content": found.content}
         order = _composition(model, found, owners, seed, batch_size, dtype)
@@ -192,6 +198,7 @@ def evaluate_labelled(
     labels: Sequence[str] | None = None,
     shots: Sequence[int] | None = None,
     label: str | None = None,
+    class_names: ClassNames | None = None,
     invert: bool = False,
     random_model: Callable[[], Model] | None = None,
     examples: int = 0,
@@ -211,14 +218,15 @@ def evaluate_labelled(
         tasks: some of `LABELLED_TASKS`.  templates: see `ZeroShotClassifier`.
         labels: the classes of zero-shot, when there are more than `test` holds; None takes those of `test`.
         shots: training images a class of "fewshot"; None takes those of 1, 2, 4, 8, 16 that every class has.
-        label: column of the labels.  invert, cache, max_unreadable, workers: see `embed`.
+        label: column of the labels.  class_names: names for the labels of both sets, see `class_name_map`; `labels`
+            are compared with these names.  invert, cache, max_unreadable, workers: see `embed`.
         random_model: makes the same architecture with fresh weights, the probe's control; None leaves it out.
         examples: how many right, wrong and most wrong cases to keep images of.
 
     Returns:
         results: `{"name", "kind": "labelled", "samples", "classes", "invert", "templates", "rejected", "failures",
-        "content", "content_train", "seconds"}` and a part for each task: "zeroshot" and "probe" as in `judge` (the
-        probe with "model", "random" and "pixels" as in `fit_probes`), "fewshot" and "knn" as those functions give
+        "content", "content_train", "seconds", "remarks"}` and a part for each task: "zeroshot" and "probe" as in
+        `judge` (the probe with "model", "random" and "pixels" as in `fit_probes`), "fewshot" and "knn" as those functions give
         them ("shots": those that were tried), "retrieval" as in `recalls`, between images and the prompts of their
         labels. With `train`: "duplicates". With several templates: "wording", see `template_spread`.
 
@@ -228,6 +236,7 @@ def evaluate_labelled(
         images, features that are not finite.
     """
     started = time.perf_counter()
+    remarks: list[str] = []
     unknown = [task for task in tasks if task not in LABELLED_TASKS]
     if unknown or not tasks:
         raise UserError(f"{name}: tasks: '{', '.join(unknown)}': use some of {', '.join(LABELLED_TASKS)}")
@@ -254,13 +263,26 @@ def evaluate_labelled(
             progress=progress,
         )
         if found.labels is None:
-            raise UserError(f"{name}: {source}: some images have no label; give every image one")
+            raise UserError(
+                f"{name}: {source}: {len(found.unlabelled)} images have no label, the first is "
+                f"{found.unlabelled[0]}; give every image one"
+            )
         check_finite(str(source), found.keys, found.image)
-        return kept, found, np.asarray(found.labels)
+        remarks.extend(line for line in source_remarks(opened) if line not in remarks)
+        named = found.labels
+        if class_names is not None:
+            mapping = class_name_map(named, class_names, f"{source}: class names")
+            named = [mapping[one] for one in named]
+        return kept, found, np.asarray(named)
 
     source, found, test_labels = read(test, model)
-    names = check_labels(sorted(set(test_labels)) if labels is None else labels)
+    names = check_labels(in_order(test_labels) if labels is None else labels)
     check_known(name, test_labels, names)
+    if "zeroshot" in tasks:
+        check_several(names, "zero-shot needs images of at least two classes, or more labels")
+    remarks += spelling_remarks(names)
+    if {"zeroshot", "retrieval"} & set(tasks):
+        remarks += number_remark(names)
     target = _positions(test_labels, names)
     templates_used = read_templates(templates)
     prompts = [template.replace("{}", one) for one in names for template in templates_used]
@@ -361,6 +383,8 @@ def evaluate_labelled(
     if train_found is not None:
         with timed("duplicates"):
             results["duplicates"] = repeated_images(found, train_found, judged)
+    if remarks:
+        results["remarks"] = remarks
     results["seconds_by_part"] = timed.seconds
     for task in judged:
         results[task]["seconds"] = timed.seconds[task]

@@ -63,7 +63,7 @@ def test_classify_reports_an_unreadable_image_in_its_row_and_goes_on(saved, pair
     rows = list(csv.DictReader(io.StringIO(out.read_text())))
     assert [row["error"] for row in rows] == ["", "not an image", "no such file or directory"]
     assert rows[0]["label"] in ("red", "blue") and rows[1]["label"] == ""
-    assert f"{bad}: not an image" in capsys.readouterr().err
+    assert f"2 of 3 images: 1 × not an image ({bad}), 1 × no such file" in capsys.readouterr().err
 
 
 def test_classify_prints_an_aligned_table(saved, pairs, capsys):
@@ -78,7 +78,7 @@ def test_classify_prints_an_aligned_table(saved, pairs, capsys):
     [
         (("--labels", "red,blue,red"), "given twice: red"),
         (("--labels", "red,,blue"), "empty"),
-        (("--labels", "red", "--templates", "none.txt"), "neither a file nor one of"),
+        (("--labels", "red,blue", "--templates", "none.txt"), "neither a file nor one of"),
         (("--labels", "red", "--top-k", "0"), "--top-k 0"),
         (("--labels-file", "missing.txt"), "no such file"),
     ],

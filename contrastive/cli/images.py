@@ -1,0 +1,127 @@
+"""The images of `classify` and `probe predict`: whatever the command line names, as one source."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from contrastive.errors import UserError
+
+SHOWN = 60  # characters of an argument in a message
+NAME_BYTES = 255  # of one part of a path, on every usual file system
+
+
+def open_arguments(images: Sequence[str], model: str) -> Any:
+    """The images as `embed` takes them: a source, or a list of files, with keys as they were typed.
+
+    One folder, table, set of shards or pattern is a source of its own. Several arguments are image files, patterns and
+    folders of images.
+
+    Raises `UserError` for what is none of these (a URL, a data URI, standard input, a model), with the remedy.
+    """
+    for one in images:
+        _check(one, model)
+    if len(images) == 1:
+        found = _matches(images[0])
+        if found is None:
+            return images[0] if _is_many(images[0]) else [images[0]]
+        return found if all(_is_picture(file) for file in found) else images[0]
+    return Several(images)
+
+
+class Several(list[str]):
+    """Files of several arguments. rejected, notes: as those of a `Source`, of the folders among them."""
+
+    def __init__(self, images: Sequence[str]) -> None:
+        super().__init__()
+        self.rejected: dict[str, int] = {}
+        self.notes: list[str] = []
+        for one in images:
+            self.extend(self._folder(one) if os.path.isdir(one) else _matches(one) or [one])
+
+    def _folder(self, folder: str) -> list[str]:
+        from contrastive.shards import open_source
+
+        source = open_source(folder)
+        if source.kind != "images":
+            raise UserError(f"{folder}: holds {source.kind}; give folders of tables or shards one at a time")
+        for reason, count in source.rejected.items():
+            self.rejected[reason] = self.rejected.get(reason, 0) + count
+        self.notes += [f"{folder}: {note}" for note in source.notes]
+        return [str(file) for file in source.files]
+
+
+def check_model(model: str, images: Sequence[str]) -> None:
+    """Raises `UserError` where the model and the images were exchanged."""
+    if not _is_model(model) and os.path.exists(model) and any(_is_model(one) for one in images):
+        raise UserError(f"{model}: is no model, but the images name one; the order is MODEL IMAGES")
+
+
+def _check(one: str, model: str) -> None:
+    shown = one if len(one) <= SHOWN else f"{one[:SHOWN]}…"
+    if one == "-":
+        raise UserError("IMAGES: standard input is not read; save the image as a file and name that")
+    if one.startswith("data:"):
+        kind = re.match(r"data:([\w./+-]*)", one)
+        raise UserError(
+            f"IMAGES: a data URI ({kind[1] if kind and kind[1] else 'no type'}, {len(one):,} characters); save it as a "
+            "file and name that"
+        )
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", one)
+    if scheme:
+        raise UserError(
+            f"IMAGES: {shown}: a URL, which is not read; download it and name the file (for many: img2dataset)"
+        )
+    if any(len(os.fsencode(part)) > NAME_BYTES for part in one.split("/")):
+        raise UserError(f"IMAGES: {shown}: no file has so long a name ({len(one):,} characters); name a file or folder")
+    path = Path(one)
+    if _is_model(one) and not _is_model(model) and os.path.exists(model):
+        raise UserError(f"IMAGES: {shown}: a model, and {model} is none; the order is MODEL IMAGES")
+    if _is_model(one):
+        raise UserError(f"IMAGES: {shown}: a model folder; name images, a folder, a table or shards")
+    if path.is_file() and path.suffix.lower() in (".txt", ".json", ".pdf", ".zip"):
+        raise UserError(
+            f"IMAGES: {shown}: a {path.suffix} file, no image; name images, a folder, a table (.csv, .tsv, .jsonl, "
+            ".parquet) or .tar shards"
+        )
+    if not os.path.lexists(one) and glob.has_magic(one) and not glob.glob(one, recursive=True):
+        raise UserError(f"IMAGES: {shown}: the pattern matches no file")
+
+
+def _matches(pattern: str) -> list[str] | None:
+    """The files of a pattern, as a shell would list them; None for what is no pattern."""
+    if os.path.lexists(pattern) or not glob.has_magic(pattern):
+        return None
+    return sorted(glob.glob(pattern, recursive=True))
+
+
+def _is_many(one: str) -> bool:
+    """Whether a single argument is a source of its own, or at least no picture."""
+    return not os.path.isfile(one) or not _is_picture(one)
+
+
+def _is_picture(file: str) -> bool:
+    from contrastive.shards.record import FIRST_BYTES, IMAGE_EXTENSIONS, image_extension
+
+    if Path(file).suffix[1:].lower() in IMAGE_EXTENSIONS:
+        return True
+    try:
+        with open(file, "rb") as opened:
+            return image_extension(opened.read(FIRST_BYTES)) is not None
+    except OSError:
+        return False
+
+
+def _is_model(path: str) -> bool:
+    folder = Path(path)
+    if not folder.is_dir():
+        return False
+    weights = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    return any(
+        (at / "config.json").is_file() and any((at / name).is_file() for name in weights)
+        for at in (folder, folder / "model")
+    )
