@@ -60,7 +60,7 @@ def _own(sample_weight: ArrayLike, rows: int) -> NDArray[np.float64]:
         row = int(wrong.argmax())
         raise UserError(f"probe: sample_weight: row {row} weighs {weights[row]:g}; give 0 or more")
     if not weights.any():
-        raise UserError("probe: sample_weight: all weights are 0; give some samples a positive one")
+        raise UserError("probe: sample_weight: all weights are zero; give some samples a positive one")
     return weights
 
 

@@ -226,8 +226,9 @@ def evaluate_labelled(
     Returns:
         results: `{"name", "kind": "labelled", "samples", "classes", "invert", "templates", "rejected", "failures",
         "content", "content_train", "seconds", "remarks"}` and a part for each task: "zeroshot" and "probe" as in
-        `judge` (the probe with "model", "random" and "pixels" as in `fit_probes`), "fewshot" and "knn" as those functions give
-        them ("shots": those that were tried), "retrieval" as in `recalls`, between images and the prompts of their
+        `judge` (the probe with "model", "random" and "pixels" as in `fit_probes`), "fewshot" and "knn" as those
+        functions give them ("shots": those that were tried), "retrieval" as in `recalls`, between images and the
+        prompts of their
         labels. With `train`: "duplicates". With several templates: "wording", see `template_spread`.
 
     Raises:

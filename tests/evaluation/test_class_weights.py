@@ -142,7 +142,7 @@ def test_the_file_keeps_the_class_weight(tmp_path, weight):
         (None, lambda n: np.ones((n, 1)), "1D"),
         (None, lambda n: -np.ones(n), "row 0 weighs -1"),
         (None, lambda n: np.full(n, np.nan), "row 0 weighs nan"),
-        (None, lambda n: np.zeros(n), "all weights are 0"),
+        (None, lambda n: np.zeros(n), "all weights are zero"),
         (None, lambda n: ["a"] * n, "not numbers"),
         (None, lambda n: np.r_[np.ones(85), np.zeros(n - 85)], "class 1 has no weight"),
     ],

@@ -21,10 +21,16 @@ from contrastive.evaluation import LinearProbe
 DIGITS = tuple(part[:400] for part in load_digits(return_X_y=True))
 
 
+def _not_meant(estimator):
+    """Rows that are repeated draw another validation split than rows with a weight, as in any choice by validation."""
+    reason = "the validation split is drawn from rows"
+    return {} if estimator.C == 1.0 else {"check_sample_weight_equivalence_on_dense_data": reason}
+
+
 # Not the default sweep: on separable toys it takes so large a C that probabilities round to 1, and a check wants the
 # ranks of probabilities and decisions to be the same.
 @pytest.mark.skipif(not hasattr(sklearn.utils, "Tags"), reason="tags of a class that is not scikit-learn's: 1.6")
-@parametrize_with_checks([LinearProbe(1.0), LinearProbe([0.01, 1.0])])
+@parametrize_with_checks([LinearProbe(1.0), LinearProbe([0.01, 1.0])], expected_failed_checks=_not_meant)
 @pytest.mark.filterwarnings("ignore:probe. C. the best strength:UserWarning")
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
