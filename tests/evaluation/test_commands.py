@@ -124,7 +124,7 @@ def test_a_probe_refuses_another_model(saved, labelled, tmp_path, capsys):
     command("probe", "fit", saved, labelled, file, "--C", 1)
     other = save_random_model(tmp_path / "other", 1)
     assert command("probe", "predict", file, labelled, "--model", other) == 2
-    assert "another model" in capsys.readouterr().err
+    assert "belongs to the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("left", [1, 0])
