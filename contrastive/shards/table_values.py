@@ -40,11 +40,8 @@ def _texts(value: Any) -> tuple[list[str], str | None]:
         if is_listed(value):
             found = _listed(value)
             return ([], BAD_LIST) if found is None else ([text for text in map(str.strip, found) if text], None)
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                return [], "caption not UTF-8"
+        if not is_utf8(value):
+            return [], "caption not UTF-8"
         return ([value.strip()] if value.strip() else []), None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return [], None
@@ -64,6 +61,17 @@ def _texts(value: Any) -> tuple[list[str], str | None]:
             texts += found
         return texts, None
     return [], "caption is an object, not text" if isinstance(value, dict) else "caption is a number, not text"
+
+
+def is_utf8(value: Any) -> bool:
+    """Whether a cell is no text with odd bytes, see `Lines`, or half of a surrogate pair, as JSON can spell one."""
+    if not isinstance(value, str) or value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_listed(value: Any) -> bool:
@@ -104,9 +112,6 @@ def label_of(value: Any, names: Sequence[str] | None = None) -> tuple[str | None
     if isinstance(value, list | dict):
         return None, "label is a list or an object, not a name"
     text = str(value).strip()
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return None, "label not UTF-8"
+    if not is_utf8(text):
+        return None, "label not UTF-8"
     return (None if text in MISSING_LABELS else text), None

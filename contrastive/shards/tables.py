@@ -16,7 +16,7 @@ from contrastive.errors import UserError
 from contrastive.shards.grouping import Layout, joined, merge_more, roles_of
 from contrastive.shards.record import APART, BEFORE, OWN, Part, Record, Segment, Source
 from contrastive.shards.table_images import ImageReader, image_name
-from contrastive.shards.table_values import captions_of, is_listed, label_of
+from contrastive.shards.table_values import captions_of, is_listed, is_utf8, label_of
 
 IMAGE_NAMES = (
     "image",
@@ -217,6 +217,9 @@ class TableSource(Source):
         image, fault, detail = reader.read(row.get(self.image_column))  # type: ignore[arg-type]
         captions, wrong, about = self._captions(row)
         label, odd = self._label(file, row)
+        meta = self._meta(file, row)
+        if not (wrong or odd) and not all(map(is_utf8, (key, *meta.values()))):
+            odd = "key or another column not UTF-8"
         if fault is None and (wrong or odd):
             fault, detail = (wrong, about) if wrong else (odd, f"{row.get(str(self.label_column))!r}"[:300])
         return Record(
@@ -224,7 +227,7 @@ class TableSource(Source):
             image=image,
             captions=captions,
             label=label,
-            meta=self._meta(file, row),
+            meta=meta,
             fault=fault,
             detail=detail,
             place=f"{self.files[file]}: {self.unit} {at}",

@@ -180,6 +180,13 @@ def test_rows_of_other_encodings_are_counted_one_by_one(folder: Path, encoding: 
     assert any("line 4 and 1 more not UTF-8" in note for note in source.notes)
 
 
+@pytest.mark.parametrize("column", ["key", "site", "label"])
+def test_other_columns_that_are_not_utf8_are_counted(folder: Path, column: str) -> None:
+    path = write(folder / "x.csv", f"image,caption,{column}\n0.png,a,é\n1.png,b,plain\n", "latin-1")
+    first, second = open_source(path)
+    assert str(first.fault).endswith("not UTF-8") and second.fault is None
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
 def test_wide_encodings_are_named(folder: Path, encoding: str, name: str) -> None:
