@@ -29,14 +29,16 @@ test-all: .venv/installed-test  ## run all tests
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 
 # What other CPUs round otherwise: vector code of torch and of oneDNN, and the number of threads.
-FLOAT_TESTS := $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" \
-	tests/models tests/losses tests/training tests/evaluation tests/distributed
+FLOAT_TESTS := $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" tests/models tests/losses tests/training \
+	tests/evaluation tests/distributed tests/shards tests/cli/test_find.py tests/test_selfcheck.py
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+TWO_THREADS := OMP_NUM_THREADS=2 MKL_NUM_THREADS=2
 
 test-cpus: .venv/installed-test  ## run the tests that compare floats as on other CPUs: an hour on two cores
-	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(FLOAT_TESTS)
-	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2 $(FLOAT_TESTS)
-	ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(FLOAT_TESTS)
-	OMP_NUM_THREADS=2 $(FLOAT_TESTS)
+	ATEN_CPU_CAPABILITY=default $(ONE_THREAD) $(FLOAT_TESTS)
+	ATEN_CPU_CAPABILITY=avx2 $(TWO_THREADS) $(FLOAT_TESTS)
+	ONEDNN_MAX_CPU_ISA=AVX2 $(ONE_THREAD) $(FLOAT_TESTS)
+	$(TWO_THREADS) $(FLOAT_TESTS)
 
 test-lowest:  ## run the tests on the lower bounds of the dependencies, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
