@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=12, help=f"of {BATCH} samples, that a turn counts")
     parser.add_argument("--serve", nargs=3, metavar=("SYSTEM", "SHARDS", "SIZE"), help=argparse.SUPPRESS)
-    parser.add_argument("--once", choices=["exact", "fast"], help="a few batches of this loader on 2,000 photographs")
+    parser.add_argument("--once", choices=["exact", "fast"], help="a few batches of this loader on 1,000 photographs")
     arguments = parser.parse_args()
     if arguments.once:
         print(json.dumps(once(arguments.once)))
@@ -75,13 +75,14 @@ def main() -> None:
 def once(decode: str) -> dict[str, float]:
     """Seconds a batch, after the first ones: elapsed, and of the processors of this process and its worker."""
     import torch
+    from making import once_table
+
+    from contrastive.shards import make_shards, open_source
 
     torch.set_num_threads(1)
-    made = photographs(2000)
-    with tempfile.TemporaryDirectory() as name:  # an index of this run's own: another checkout may write another kind
-        for shard in made.glob("*.tar"):
-            (Path(name) / shard.name).symlink_to(shard)
-        batches = our_batches(Path(name), CASES["photographs"], decode)
+    with tempfile.TemporaryDirectory() as folder:
+        make_shards(open_source(once_table()), Path(folder) / "shards")
+        batches = our_batches(Path(folder) / "shards", CASES["photographs"], decode)
         for _ in range(READY + 1):
             next(batches)
         worker = newest_child()

@@ -76,13 +76,19 @@ ONCE: dict[str, dict[str, Any]] = {
 ONCE_PAIRS, ONCE_SECONDS = 1000, 5.0
 
 
-def once(case: str) -> dict[str, float]:
-    """Mean seconds of a call over a few of them, after one that does not count: elapsed, and of the processor."""
+def once_table() -> Path:
+    """The photographs of short runs, made at the first use."""
     table = RESULT.parent.parent.parent / "build" / f"making-{ONCE_PAIRS}.parquet"
-    if not table.exists():  # made by the first run; its name appears when it is complete
+    if not table.exists():
         table.parent.mkdir(exist_ok=True)
         write_table(table.with_suffix(".part"), ONCE_PAIRS)
-        os.replace(table.with_suffix(".part"), table)
+        os.replace(table.with_suffix(".part"), table)  # the name appears when the file is complete
+    return table
+
+
+def once(case: str) -> dict[str, float]:
+    """Mean seconds of a call over a few of them, after one that does not count: elapsed, and of the processor."""
+    table = once_table()
     elapsed, busy = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
