@@ -217,3 +217,44 @@ def test_a_destination_that_cannot_be_made_is_found_before_the_source_is_read(
         assert main(["shard", "no-such-source", dest]) == 2
         said = capsys.readouterr().err
         assert "file" in said and "no-such-source" not in said and said.count("\n") == 1
+# ---- equal keys
+
+
+def test_two_runs_of_img2dataset_keep_all_pairs(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = case("img2dataset_two_runs_same_keys")
+    assert shard(capsys, folder, "out")[0] == 0
+    index = open_index("out")
+    assert len(index) == 12 == len({index.key(i) for i in range(12)}) == len({index.image(i) for i in range(12)})
+
+
+@pytest.mark.parametrize("runs", [2, 3])
+def test_other_runs_keep_all_pairs(capsys: pytest.CaptureFixture[str], runs: int) -> None:
+    from contrastive.shards import Record, write_shards
+
+    Path("in").mkdir()
+    for run in range(runs):
+        records = [Record(f"{i:09d}", encoded(10 * run + i), (f"{run} {i}",)) for i in range(3 + run)]
+        write_shards(records, f"run{run}")
+        Path(f"run{run}/00000.tar").rename(f"in/{run}-00000.tar")
+    assert shard(capsys, "in", "out", "--workers", 2, "--samples-per-shard", 2)[0] == 0
+    index = open_index("out")
+    assert {index.caption(i) for i in range(len(index))} == {
+        f"{run} {i}" for run in range(runs) for i in range(3 + run)
+    }
+
+
+# ---- tars that cannot be read
+
+
+@pytest.mark.parametrize("name", ["tar_gz"])
+def test_a_compressed_tar_says_to_unpack_it(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    code, said = shard(capsys, case(name), "out")
+    assert code == 2 and "compressed" in said and "00000.tar.gz" in said
+
+
+def test_names_with_dots_say_that_a_key_ends_at_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = shard(capsys, case("tar_all_dotted"), "out")
+    if code:  # or all pairs are read
+        assert "first dot" in said
+    else:
+        assert len(open_index("out"))
