@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(card, indent=1, ensure_ascii=False))
     else:
         print(format_card(card, str(args.shards)))
+        for line in index.notes:
+            print(f"  {line}")
         if args.json:
             Path(args.json).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.html:

@@ -30,6 +30,12 @@ REMEDIES: dict[str, tuple[str, str]] = {
         "have a list as caption that cannot be read",
         'write it as JSON, like ["a cat", "a dog"]',
     ),
+    "path outside the folder of images": ("name a file outside the folder of images", "--allow-outside reads them"),
+    "several images of one name": (
+        "have the name of another image, so that the caption file may belong to either",
+        "rename or delete one",
+    ),
+    "several caption files": ("have several caption files", "delete those that are not the caption"),
     "not a regular file": ("name something that is not a regular file", "give the paths of image files"),
     "image too large": ("have an image file that is too large", "shrink the files first"),
     "unknown image format": (
@@ -54,7 +60,7 @@ _LIMITS = {
 
 def hint(reason: str) -> str:
     """The remedy for rows that were skipped beside others that were not; "" where the reason says enough."""
-    return REMEDIES[reason][1] if reason == "path outside the table's folder" else ""
+    return REMEDIES[reason][1] if reason.startswith("path outside ") else ""
 
 
 def nothing_to_write(
@@ -86,11 +92,13 @@ def _sentence(reason: str, source: Source, filters: Filters) -> tuple[str, str]:
         return _LIMITS[reason].format(**vars(filters)), "change this limit"
     if reason == "no caption":
         return _no_caption(source)
+    if reason == "no such file" and source.kind == "json":
+        return REMEDIES[reason][0], "name the folder of the images with --images"
     if reason == "no image":
         column = getattr(source, "image_column", None)
         what = f"have no image in column '{column}'" if column else "have no image"
         return what, f"name another column with --image; columns: {', '.join(source.columns)}" if column else ""
-    return REMEDIES.get(reason, (f"were skipped ({reason})", ""))
+    return REMEDIES.get(reason, (f"were skipped, reason: {reason}", ""))
 
 
 def _no_caption(source: Source) -> tuple[str, str]:
