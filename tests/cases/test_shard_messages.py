@@ -226,7 +226,7 @@ def test_a_destination_that_cannot_be_made_is_found_before_the_source_is_read(
 def test_two_runs_of_img2dataset_keep_all_pairs(capsys: pytest.CaptureFixture[str]) -> None:
     folder = case("img2dataset_two_runs_same_keys")
     assert shard(capsys, folder, "out")[0] == 0
-    names = [name for path in folder.glob("*.tar") for name in tarfile.open(path).getnames() if name.endswith(".jpg")]
+    names = [name for path in folder.glob("*.tar") for name in tarfile.open(path).getnames() if name.endswith(".txt")]
     index = open_index("out")
     rows = range(len(index))
     assert len(names) == 16 == len({index.key(i) for i in rows}) == len({index.image(i) for i in rows})
