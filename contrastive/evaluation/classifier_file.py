@@ -21,6 +21,7 @@ from contrastive.evaluation.prompts import read_class_prompts
 from contrastive.evaluation.protocol import Model
 from contrastive.evaluation.templates import read_templates
 from contrastive.evaluation.zeroshot import ZeroShotClassifier
+from contrastive.shards.decode import DECODER_VERSION, check_decoder
 
 FORMAT = "contrastive.ZeroShotClassifier/1"
 
@@ -37,6 +38,7 @@ def save_classifier(classifier: ZeroShotClassifier, path: str | Path, *, model_p
         "invert": classifier.inverted,
         "temperature": classifier.temperature_,
         "rejection": classifier.rejection_,
+        "decoder": DECODER_VERSION,
         "scale": classifier.scale,
         "bias": classifier.bias,
         **(classifier._kept["identity"] if classifier.model is None else identity_of(classifier.model)),
@@ -91,4 +93,7 @@ def load_classifier(path: str | Path, model: Model | str | Path | None = None) -
     classifier.temperature_, classifier.rejection_ = header["temperature"], header["rejection"]
     classifier.inverted = bool(header.get("invert", False))
     classifier.thresholds_ = tensors.get("thresholds")
+    plain = classifier.temperature_ == 1 and classifier.rejection_ is None and classifier.thresholds_ is None
+    if not plain:  # fitted to pictures; the weights are of texts alone
+        check_decoder(f"classifier: {path}", header.get("decoder"))
     return classifier

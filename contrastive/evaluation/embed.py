@@ -26,9 +26,9 @@ from contrastive.errors import UserError
 from contrastive.evaluation.duplicates import difference_hashes
 from contrastive.evaluation.label_arrays import is_missing
 from contrastive.evaluation.protocol import Model, inference
-from contrastive.images import to_rgb
 from contrastive.printable import printable
 from contrastive.shards import Record, Rejected, ShardIndex, Source, decode_image, open_source
+from contrastive.shards.decode import decoded
 from contrastive.shards.sources import ShardSource
 
 Images = str | PathLike[str] | Source | ShardIndex | Sequence[Any]
@@ -319,7 +319,7 @@ def extract_items(
             digest.update(content)
             key = printable(record.key)
             if isinstance(image, Rejected):
-                detail = getattr(image, "detail", None) or record.detail
+                detail = image.detail or record.detail
                 outcomes.append(Outcome(key, image.reason, detail and printable(detail), record.place))
                 failures[key] = image.reason
                 continue
@@ -414,7 +414,7 @@ def _decode(numbered: tuple[int, Any]) -> tuple[Record, Image.Image | Rejected, 
     record, image = item if isinstance(item, tuple) else read_item(number, item)
     content = content_hash(record, image)
     if image is not None:
-        return record, image if isinstance(image, Rejected) else to_rgb(image), content
+        return record, image, content
     if record.image is None:
         return record, Rejected("no such image"), content
     try:
@@ -424,11 +424,15 @@ def _decode(numbered: tuple[int, Any]) -> tuple[Record, Image.Image | Rejected, 
 
 
 def read_item(number: int, item: Any) -> tuple[Record, Image.Image | Rejected | None]:
-    """One item of a source as a record with its bytes; the image beside it where there are no bytes to decode."""
+    """One item of a source as a record with its bytes, and the picture or a fault where no bytes need decoding."""
     if isinstance(item, Record):
-        return item, None if item.fault is None else Rejected(item.fault)
+        return item, None if item.fault is None else Rejected(item.fault, item.detail)
     if isinstance(item, Image.Image):
-        return Record(f"image {number}", None), item
+        record = Record(f"image {number}", None)
+        try:
+            return record, decoded(item)
+        except Rejected as rejected:
+            return record, rejected
     try:
         return Record(str(item), Path(item).read_bytes()), None
     except OSError as error:

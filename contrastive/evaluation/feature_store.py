@@ -37,6 +37,7 @@ from contrastive.evaluation.stored import (
     write_rows,
 )
 from contrastive.shards import Mixture
+from contrastive.shards.decode import DECODER_VERSION, outdated
 
 FORMAT = 1
 KINDS = ("image", "text")
@@ -77,7 +78,13 @@ def stored_features(
         UserError: the store cannot be written, or is not seen by all ranks; no image of a set can be read.
     """
     with together():
-        identity = {"format": FORMAT, "model": _towers_hash(model), "features": features, "data": data.fingerprint}
+        identity = {
+            "format": FORMAT,
+            "model": _towers_hash(model),
+            "features": features,
+            "data": data.fingerprint,
+            "decoder": DECODER_VERSION,
+        }
     folder = store / hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
     rank = rank_and_world()[0]
     with together():
@@ -166,7 +173,9 @@ def _open(folder: Path, samples: int) -> StoredFeatures | None:
         rejected = {int(sample): reason for sample, reason in whole["rejected"].items()}
     except (OSError, ValueError, KeyError):
         return None
-    return StoredFeatures(image, text, rejected) if len(image) == len(text) == samples else None
+    if len(image) != samples or len(text) != samples or outdated(rejected.values()):
+        return None
+    return StoredFeatures(image, text, rejected)
 
 
 @contextmanager

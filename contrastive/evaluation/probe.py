@@ -25,6 +25,7 @@ from contrastive.evaluation.estimator import (
 )
 from contrastive.evaluation.label_arrays import check_rows, label_places
 from contrastive.evaluation.softmax import SoftmaxRegression, Solutions
+from contrastive.shards.decode import DECODER_VERSION, check_decoder
 
 PRESETS = {
     # Radford et al. 2021, appendix A.3: 96 steps; theirs is a binary search with scikit-learn, ours solves all of them.
@@ -195,6 +196,7 @@ class LinearProbe(Estimator):
             if isinstance(self.class_weight, Mapping)
             else self.class_weight,
             "curve": self.curve_,
+            "decoder": DECODER_VERSION,
             "metadata": self.metadata_ | metadata,
         }
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -224,6 +226,8 @@ class LinearProbe(Estimator):
         probe.curve_ = header.get("curve", pairs)
         probe.multilabel_, probe.kkt_ = header.get("multilabel", False), header.get("kkt", float("nan"))
         probe.n_features_in_, probe.metadata_ = coef.shape[1], header["metadata"]
+        if "fingerprint" in probe.metadata_:  # of the model: the features are of pictures
+            check_decoder(f"probe: {path}", header.get("decoder"))
         return probe
 
     def _problem(

@@ -44,6 +44,7 @@ from contrastive.evaluation.embed import (
 from contrastive.evaluation.protocol import Model
 from contrastive.printable import printable
 from contrastive.shards import Record, Source
+from contrastive.shards.decode import DECODER_VERSION, outdated
 
 FORMAT = 1
 PART = 1024  # items: what a killed run may lose, and the bytes of so many images are held at a time
@@ -70,6 +71,7 @@ def embed_stored(
         "format": FORMAT,
         "model": model_hash(model),
         "preprocessing": preprocessing_hash(model),
+        "decoder": DECODER_VERSION,
         "dtype": str(dtype),
         "features": features,
         "invert": invert,
@@ -88,7 +90,9 @@ def embed_stored(
                 raise UserError(f"{source}: its number of rows changed while it was read; try again")
             content = _digest(*(content_hash(*item) for item in items))
             file = folder / "parts" / f"image-{part:06d}.json"
-            if _part(file).get("content") != content or not (folder / "image.npy").exists():
+            known = _part(file)
+            stale = known.get("content") != content or outdated(item[3] for item in known["items"] if item[3])
+            if stale or not (folder / "image.npy").exists():
                 file.unlink(missing_ok=True)  # before its rows change
                 seen = extract_items(model, items, make, batch_size, workers, invert, dtype, None, total)
                 reasons = [outcome.reason for outcome in seen.outcomes]

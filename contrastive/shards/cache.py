@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from contrastive.errors import UserError
-from contrastive.shards.decode import decode_image
+from contrastive.shards.decode import DECODER_VERSION, decode_image, outdated
 from contrastive.shards.index import ShardIndex
 from contrastive.shards.record import Rejected
 
@@ -29,13 +29,23 @@ class PixelCache:
 
 
 def open_cache(index: ShardIndex) -> PixelCache:
-    """The decoded pixels of an index, built at the first use beside the shards.
+    """The decoded pixels of an index, built at the first use in the folder of the shards.
+
+    The name holds the index's fingerprint, which covers the bytes of the images, and DECODER_VERSION. Files of earlier
+    decoders are deleted once new ones are there: nothing reads them any more.
 
     Raises UserError when the images differ in size, or when the folder cannot be written.
     """
-    path = index.folder / f"pixels-{index.fingerprint[:16]}.npy"
-    if not path.exists() or not _sidecar(path).exists():  # the fingerprint covers the bytes of the images
-        _build(index, path)
+    stem = f"pixels-{index.fingerprint[:16]}"
+    path = index.folder / f"{stem}-{DECODER_VERSION}.npy"
+    if path.exists() and _sidecar(path).exists():
+        found = PixelCache(path)
+        if not outdated(found.rejected.values()):
+            return found
+    _build(index, path)
+    for version in ("", *(f"-{earlier}" for earlier in range(2, DECODER_VERSION))):
+        for old in (index.folder / f"{stem}{version}.npy", index.folder / f"{stem}{version}.json"):
+            old.unlink(missing_ok=True)
     return PixelCache(path)
 
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from contrastive.errors import UserError
-from contrastive.images import to_rgb
-from contrastive.shards.decode import FORMATS, decode_image
+from contrastive.shards.decode import image_size, is_upright
 from contrastive.shards.index import caption_id
 from contrastive.shards.record import Record, Rejected, image_extension
 from contrastive.shards.skipped import Skip
 
 ENCODINGS = {"webp": "webp", "jpeg": "jpg", "png": "png"}
+# What is re-encoded without --format; PNG for all others. Photographs would be many times larger as PNG.
+_OWN = {"webp": "webp", "jpg": "jpg", "heic": "jpg", "avif": "jpg", "jp2": "jpg", "j2k": "jpg"}
 
 
 class Scorer(Protocol):
@@ -74,9 +74,9 @@ class Filters:
             return None
         assert record.image is not None
         try:
-            width, height = _header_size(record.image)
+            width, height = image_size(record.image)
         except Rejected as rejected:
-            return Skip(rejected.reason)
+            return Skip(rejected.reason, rejected.detail)
         short, long = sorted((width, height))
         if self.min_size is not None and short < self.min_size:
             return Skip("image too small", f"{width} x {height}")
@@ -117,11 +117,11 @@ def repeated(ids: np.ndarray, deduplicate: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Transform:
-    """How images are changed. Bytes stay untouched where an image has the wanted size and format already.
+    """How images are changed. Bytes stay untouched where an image has the wanted size and format and is upright.
 
     resize: pixels of the `mode` side ("shorter" or "longer"); smaller images are not enlarged.
-    format: "webp", "jpeg" or "png"; None keeps the image's own (PNG for GIF, BMP and TIFF). quality: of WebP
-    and JPEG, 1 to 100.
+    format: "webp", "jpeg" or "png"; None keeps the image's own (PNG for GIF, BMP, TIFF and Netpbm, JPEG for HEIC, AVIF
+    and JPEG 2000). quality: of WebP and JPEG, 1 to 100.
     """
 
     resize: int | None = None
@@ -143,13 +143,16 @@ class Transform:
         return self.resize is not None or self.format is not None
 
     def apply(self, record: Record, image: Image.Image) -> Record:
-        """The record with its image re-encoded where that is needed. image: its pixels, upright."""
+        """The record with its image re-encoded where that is needed, without metadata. image: of `decode_image`."""
         assert record.image is not None
-        size = self._size(image.size)
+        stored = image_size(record.image)
+        size = self._size(stored)
         own = image_extension(record.image)
-        wanted = ENCODINGS[self.format] if self.format else own if own in ("webp", "jpg") else "png"
-        if size == image.size and wanted == own:
+        wanted = ENCODINGS[self.format] if self.format else _OWN.get(own or "", "png")
+        if size == stored and wanted == own and is_upright(record.image):
             return record
+        if size[0] > image.width:  # a large JPEG, which comes reduced: it is not enlarged again
+            size = image.size
         if size != image.size:
             image = image.resize(size, Image.Resampling.BICUBIC)
         if wanted == "jpg" and max(size) > 65_500 or wanted == "webp" and max(size) > 16_383:
@@ -165,29 +168,3 @@ class Transform:
             return size
         width, height = (max(1, round(edge * self.resize / side)) for edge in size)
         return width, height
-
-
-def upright(data: bytes) -> Image.Image:
-    """The image as RGB, turned as its EXIF orientation says, without any metadata. Raises Rejected."""
-    image = decode_image(data)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd EXIF blocks
-            turned = to_rgb(ImageOps.exif_transpose(image))
-    except Exception:  # an EXIF block that cannot be read turns nothing
-        turned = image
-    turned = turned.copy()
-    turned.info = {}
-    return turned
-
-
-def _header_size(data: bytes) -> tuple[int, int]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return image.size
-    except Image.DecompressionBombError:
-        raise Rejected("too many pixels") from None
-    except Exception:  # PIL's plugins let many kinds of error through
-        raise Rejected("not an image") from None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from contrastive.errors import UserError
+from contrastive.shards.decode import DECODER_VERSION
 from contrastive.shards.filters import Filters, Scorer, Transform
 from contrastive.shards.keys import changed_key, safe_key
 from contrastive.shards.record import OWN, Part, Record, Source
@@ -43,7 +44,8 @@ class Job:
 
     def identity(self, size: int) -> dict[str, Any]:
         """The settings that decide the bytes."""
-        return {
+        decoded = self.transform or self.scorer or self.verify
+        return ({"decoder": DECODER_VERSION} if decoded else {}) | {
             "version": VERSION,
             "source": self.source.identity(),
             "samples_per_shard": size,

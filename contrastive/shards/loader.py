@@ -17,6 +17,7 @@ from contrastive.shards.batch import Batch, Rejection
 from contrastive.shards.cache import open_cache
 from contrastive.shards.compiled import recolor as recolor_compiled
 from contrastive.shards.compiled import shape_cached
+from contrastive.shards.decode import DECODER_VERSION
 from contrastive.shards.index import ShardIndex, caption_id
 from contrastive.shards.mixture import MixedOrder, Mixture, as_mixture
 from contrastive.shards.order import draws, local_batch
@@ -90,7 +91,7 @@ class PairLoader:
             "decode": "exact" if cache else decode,
             "mean_fill": mean_fill,
         }
-        self.identity: dict[str, Any] = {**self.place.identity, "transform": transform}
+        self.identity: dict[str, Any] = {**self.place.identity, "decoder": DECODER_VERSION, "transform": transform}
         used = preprocessing if augment is None else None
         if used is not None and not (used.plain and used.size[0] == image_size):
             transform["preprocessing"] = used.geometry

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from contrastive.errors import UserError
-from contrastive.shards.decode import decode_image
-from contrastive.shards.filters import DUPLICATES, Filters, Scorer, Transform, pair_ids, repeated, upright
+from contrastive.shards.decode import decode_image, outdated
+from contrastive.shards.filters import DUPLICATES, Filters, Scorer, Transform, pair_ids, repeated
 from contrastive.shards.index import PathLike, caption_id
 from contrastive.shards.job import CAPTION, Hopeless, Job, Task, files_of
 from contrastive.shards.keys import MARK, PREFIX, plain_id, renamed_note, safe_key, text_id
@@ -196,14 +196,11 @@ def _kept(job: Job, task: Task, skipped: SkippedRows) -> Iterator[tuple[int, Rec
         if not skip and (job.verify or job.transform or job.scorer):
             assert record.image is not None
             try:
-                if not (job.transform or job.scorer):
-                    decode_image(record.image)
-                else:
-                    image = upright(record.image)
-                    prepared = job.scorer.prepare(image) if job.scorer else None
-                    record = job.transform.apply(record, image) if job.transform else record
+                image = decode_image(record.image)
+                prepared = job.scorer.prepare(image) if job.scorer else None
+                record = job.transform.apply(record, image) if job.transform else record
             except Rejected as rejected:
-                skip = Skip(rejected.reason)
+                skip = Skip(rejected.reason, rejected.detail)
         if skip:
             skipped.add(number, record, skip)
             continue
@@ -261,7 +258,7 @@ def _finished(dest: Path, settings: dict[str, Any]) -> Manifest | None:
     except (OSError, ValueError):
         return None
     same = isinstance(saved, dict) and saved.get("settings") == _digest(settings)
-    if not same or not all((dest / name).is_file() for name in saved["shards"]):
+    if not same or outdated(saved["skipped"]) or not all((dest / name).is_file() for name in saved["shards"]):
         return None
     return _read_manifest(dest)
 

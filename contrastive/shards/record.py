@@ -43,11 +43,19 @@ class SkippedRow(NamedTuple):
 
 
 class Rejected(Exception):
-    """One sample cannot be used; `reason` is the same text for the same fault, to be counted."""
+    """One sample cannot be used.
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
+    reason: the same text for the same fault, to be counted.
+    detail: what is the matter with this one, such as its size; None where the reason says it all.
+    """
+
+    def __init__(self, reason: str, detail: str | None = None) -> None:
+        super().__init__(reason, detail)
         self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return self.reason if self.detail is None else f"{self.reason} ({self.detail})"
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,7 @@ MAX_JSON_BYTES = 2 << 20  # of a pair's .json: all captions, with room for marks
 # File name extensions of pictures, as a folder or a tar may spell them. What a file holds is told from its bytes.
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg jpe jfif jfi jif pjpeg pjp png apng webp gif bmp dib tif tiff avif avifs heic heics heif heifs hif jxl "
-    "jp2 j2k j2c jpc jpf jpx ppm pgm pbm pnm pam pfm".split()
+    "jp2 j2k j2c jpc jpf jpx ppm pgm pbm pnm pfm".split()
 )
 FIRST_BYTES = 64  # that `image_extension` takes
 
@@ -215,8 +223,6 @@ def _of_brands(head: bytes) -> str | None:
 
 
 def _netpbm(head: bytes) -> str | None:
-    if head[:3] == b"P7\n":
-        return "pam"
     if head[:1] != b"P" or head[2:3] not in (b" ", b"\t", b"\n", b"\r") or head[3:4] not in b"#0123456789":
         return None
     kind = head[1:2]

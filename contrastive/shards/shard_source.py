@@ -46,7 +46,7 @@ class ShardSource(Source):
         try:
             return self.index.record(i)
         except Rejected as rejected:
-            return Record(self.index.key(i), None, fault=rejected.reason)
+            return Record(self.index.key(i), None, fault=rejected.reason, detail=rejected.detail)
 
     def _count(self) -> int:
         return len(self.index)

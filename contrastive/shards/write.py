@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from contrastive.errors import UserError
+from contrastive.shards.decode import missing_decoder
 from contrastive.shards.record import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Record, image_extension
 from contrastive.shards.skipped import REJECTED, Skip
 
@@ -53,8 +54,11 @@ def fault_of(record: Record) -> Skip | None:
         return Skip("no image")
     if len(record.image) > MAX_IMAGE_BYTES:
         return Skip("image too large", f"{len(record.image):,} bytes; at most {MAX_IMAGE_BYTES:,}")
-    if image_extension(record.image) is None:
+    extension = image_extension(record.image)
+    if extension is None:
         return Skip("unknown image format", f"begins with {record.image[:16]!r}")
+    if missing := missing_decoder(extension):
+        return Skip(missing)
     if not record.captions or not record.captions[0].strip():
         return Skip("no caption")
     sizes = [len(caption.encode("utf-8", "surrogatepass")) for caption in record.captions]
@@ -109,7 +113,7 @@ def check_free(dest: Path, overwrite: bool) -> None:
         raise UserError(f"{dest}: the folder is not empty; give another, or --overwrite")
     ours = re.compile(
         rf"\d{{5,}}\.tar|manifest\.json|{re.escape(REJECTED)}|"
-        r"\.?index(-[0-9a-f]+)?\.(npz|tables|json).*|\.?pixels-[0-9a-f]{16}\.(npy|json).*"
+        r"\.?index(-[0-9a-f]+)?\.(npz|tables|json).*|\.?pixels-[0-9a-f]{16}(-\d+)?\.(npy|json).*"
     )
     foreign = [name for name in sorted(names) if not ours.fullmatch(name)]
     if foreign:

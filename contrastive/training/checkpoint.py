@@ -408,6 +408,12 @@ def check_identity(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     pairs = [(key, state.get(key), value) for key, value in identity.items() if key != "loader"]
     pairs += [(key, loader.get(key), value) for key, value in identity.get("loader", {}).items()]
     for key, saved, now in pairs:
+        if saved != now and key == "decoder":  # of pictures; 1 was not written down
+            raise UserError(
+                f"{path}: cannot resume, its pictures were decoded by decoder {saved or 1}, now they are by {now} "
+                "(from 2 on upright, as a viewer shows them); choose another run.dir, or go on with the version of "
+                "contrastive that it was started with"
+            )
         if saved != now:
             raise UserError(
                 f"{path}: cannot resume, its {key} is another one ({_difference(saved, now)}); "

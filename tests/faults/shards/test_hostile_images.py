@@ -45,8 +45,11 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "a FITS file": (lambda: b"SIMPLE  =                    T".ljust(80) + b"BITPIX  = 8".ljust(2800), "not an image"),
     "a PostScript program": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     "50,000 x 50,000 pixels": (lambda: huge_png(50_000), "too many pixels"),
-    "just above the limit": (lambda: huge_png(5_008), "too many pixels"),
-    "a JPEG of 26 megapixels": (lambda: saved(Image.new("L", (6500, 4000)), "JPEG"), "too many pixels"),
+    "just above the limit": (lambda: huge_png(7_216), "too many pixels"),
+    "a progressive JPEG of 53 megapixels": (
+        lambda: saved(Image.new("L", (8100, 6500)), "JPEG", progressive=True),
+        "too many pixels",
+    ),
     "a JPEG cut short": (lambda: saved(noise(), "JPEG")[:900], "truncated or damaged"),
     "a JPEG of nothing but its mark": (lambda: b"\xff\xd8\xff\xe0", "truncated or damaged"),
     "a PNG cut short": (lambda: saved(noise(), "PNG")[:2000], "truncated or damaged"),
