@@ -27,6 +27,7 @@ from contrastive.models import (
     CorpusTokenizer,
     HuggingFaceTextTower,
     OpenClipTokenizer,
+    Preprocessing,
     TimmImageTower,
     Tokenizer,
     TransformerTextTower,
@@ -61,6 +62,12 @@ def build_model(config: Config, trained_tokenizer: str = "") -> TwoTower:
     """The two-tower model of a recipe with its starting weights, on the CPU; see `build_tokenizer`."""
     torch.manual_seed(config.run.seed)
     model = _build_towers(config, trained_tokenizer)
+    height, width = model.input_size
+    if height != width and config.data.cache != "features":
+        raise UserError(
+            f"model: {model.name} takes images of {height} x {width} px, and training makes square crops; choose a "
+            "model of square images, or lock both towers and use data.cache features"
+        )
     for tower, choice in towers_of(config).items():
         if choice.lora is not None:
             options = choice.lora.model_dump(exclude={"targets"})
@@ -109,6 +116,9 @@ def _build_towers(config: Config, trained_tokenizer: str) -> TwoTower:
         tokenizer,
         model_config.dim,
         name=Path(config.run.dir).name,
+        preprocessing=Preprocessing(
+            image.mean, image.std, (image.size, image.size), image.resize_mode, image.interpolation, image.fill_color
+        ),
         **common,
     )
 

@@ -47,6 +47,11 @@ def _length(config: Config) -> Iterator[Problem]:
 
 def _towers(config: Config) -> Iterator[Problem]:
     assert config.model.kind == "pair"
+    image = config.model.image
+    if image.fill_color and image.resize_mode != "longest":
+        line = f"model.image.fill_color: {image.fill_color} does nothing with resize_mode {image.resize_mode}; "
+        line += "set resize_mode to longest, or fill_color to 0"
+        yield ("model.image.fill_color", "model.image.resize_mode"), line
     text, tokenizer = config.model.text, config.model.tokenizer
     if text.kind == "transformer":
         if text.pool == "end" and not text.causal:

@@ -92,6 +92,13 @@ class TimmImageConfig(ImageTowerConfig):
     std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] = Field(
         (0.5, 0.5, 0.5), description="each channel is divided by it"
     )
+    resize_mode: Literal["shortest", "longest", "squash"] = Field(
+        "shortest",
+        description="pictures in evaluation and use: shortest cuts the centre out, longest fills what is left, squash "
+        "changes the aspect ratio",
+    )
+    interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="of pictures in evaluation and use")
+    fill_color: int = Field(0, ge=0, le=255, description="grey level around pictures of resize_mode longest")
 
 
 class TransformerTextConfig(TowerConfig):

@@ -170,7 +170,14 @@ class ZeroShotClassifier:
         input.
         """
         if isinstance(X, Sequence) and len(X) and isinstance(X[0], (np.ndarray, torch.Tensor)):
-            X = torch.stack([torch.as_tensor(row) for row in X])
+            arrays = [torch.as_tensor(row) for row in X]
+            shapes = list(dict.fromkeys(tuple(array.shape) for array in arrays))
+            if len(shapes) > 1:
+                raise UserError(
+                    f"pixels: arrays of different shapes, {shapes[0]} and {shapes[1]}; make them with "
+                    "model.preprocess(image)"
+                )
+            X = torch.stack(arrays)
         if not isinstance(X, (np.ndarray, torch.Tensor)):
             source = [X] if isinstance(X, Image.Image) else X
             found = embed(self._model, source, batch_size=self.batch_size, text=False, dtype=self.dtype)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from contrastive.errors import UserError
 from contrastive.models.image_towers import ImageTower
 from contrastive.models.layers import layers_of
+from contrastive.models.pixels import check_features, check_normalised, check_shape
 from contrastive.models.stages import PATCH_DROPOUTS
 from contrastive.models.text_towers import TextTower
 from contrastive.models.tokenizer import Tokenizer
@@ -123,7 +124,11 @@ class TwoTower(nn.Module):
         return F.pad(tokens, (0, missing), value=self.tokenizer.pad_id) if missing else tokens
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """L2-normalised embeddings ``(N, D)``, float32, of `pixels` ``(N, 3, H, W)``: uint8, or normalised floats."""
+        """L2-normalised embeddings ``(N, D)``, float32, of `pixels` ``(N, 3, H, W)``: uint8, or normalised floats.
+
+        In evaluation mode H and W are those of `preprocessing`. Raises UserError for another shape, and for floats
+        that are clearly not normalised; see `contrastive.models.pixels`.
+        """
         return F.normalize(self.image.project(self.image_features(pixels)).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -149,11 +154,18 @@ class TwoTower(nn.Module):
         """Features before the projection ``(N, F)``, what a linear probe reads.
 
         What is given as ``(N, F)`` is taken for such features: so a locked trunk need not run twice on an image.
+        Raises UserError as `encode_image` does.
         """
         if pixels.ndim == 2:
+            check_features(pixels, self.image.width)
             return pixels
+        check_shape(pixels, None if self.training else self.preprocessing.size)
         if pixels.dtype == torch.uint8:
             pixels = (pixels.float() - self.pixel_mean) / self.pixel_std
+        elif not self.training and (pixels.device.type == "cpu" or not torch.is_grad_enabled()):
+            check_normalised(pixels, self.preprocessing)  # reads values, so that a GPU would have to be waited for
+        if pixels.dtype == torch.float64 and self.logit_scale.dtype == torch.float32:  # numpy's floats
+            pixels = pixels.float()
         if self.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         features: Tensor = self.image.features(pixels)
