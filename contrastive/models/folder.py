@@ -216,6 +216,9 @@ def load(path_or_name: str | Path, *, device: str | torch.device | None = None, 
         text: False leaves the text tower of a model folder out, as a saved classifier needs none: only images can be
             embedded then. The fingerprint stays that of the whole model.
 
+    A folder of an open_clip model from before mean and std were saved opens with open_clip's defaults and an
+    `AssumedPreprocessingWarning`.
+
     Raises:
         UserError: nothing by that name, or a damaged folder.
     """

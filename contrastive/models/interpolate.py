@@ -13,6 +13,7 @@ from contrastive.errors import UserError
 from contrastive.models.adapters import plain_state
 from contrastive.models.folder import describe, load, reinitialised
 from contrastive.models.two_tower import TwoTower
+from contrastive.preprocessing import differences
 
 
 def interpolate(start: str | Path | TwoTower, tuned: str | Path | TwoTower, alpha: float) -> TwoTower:
@@ -54,6 +55,9 @@ def _check_alike(first: TwoTower, second: TwoTower, before: dict[str, Tensor], a
             raise UserError(f"the models differ: {name} is {shapes[0]} in the first and {shapes[1]} in the second")
         if before[name].dtype != after[name].dtype:
             raise UserError(f"the models differ: {name} is {before[name].dtype} and {after[name].dtype}")
+    if first.preprocessing != second.preprocessing:
+        ours, theirs = differences(first.preprocessing, second.preprocessing)
+        raise UserError(f"the models differ in preprocessing: {ours} in the first, {theirs} in the second")
     one, other = describe(first), describe(second)
     for key in sorted({*one, *other}):
         if key != "name" and one.get(key) != other.get(key):

@@ -14,6 +14,7 @@ from contrastive.builders.trainer import build_probe
 from contrastive.cli import main
 from contrastive.config import load_config
 from contrastive.errors import UserError
+from contrastive.evaluation.belonging import identity_of
 from contrastive.evaluation.stored import preprocessing_hash
 from contrastive.models import Preprocessing
 from contrastive.shards import Augment, PairLoader, open_index, open_source, write_shards
@@ -85,11 +86,10 @@ def test_models_that_differ_in_preprocessing_alone_have_different_fingerprints_a
     assert len({preprocessing_hash(model) for model in found}) == len(changes)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(("mode", "interpolation"), MODES)
+@pytest.mark.parametrize(
+    ("mode", "interpolation", "workers"), [*((*mode, 0) for mode in MODES), ("squash", "bilinear", 1)]
+)
 def test_the_loader_without_augmentation_gives_the_models_pixels(folder, mode, interpolation, workers):
-    if workers and mode != "squash":
-        pytest.skip("one mode shows that workers get the transform")
     model = model_of(folder, *chosen(mode, interpolation))
     (batch,) = evaluation_loader(folder, preprocessing=model.preprocessing, workers=workers)
     for pixels, key in zip(batch.pixels, batch.keys, strict=True):
@@ -138,6 +138,28 @@ def test_a_trained_run_keeps_its_preprocessing_for_classifiers_and_probes(folder
     assert "resize_mode squash, interpolation bilinear" in line and "resize_mode shortest" in line
 
 
+def test_a_probe_is_used_with_its_own_preprocessing_only(folder, tmp_path, capsys):
+    model = model_of(folder, *chosen("longest", "bicubic"))
+    models.save_model(model, tmp_path / "model")
+    rows = contrastive.embed(model, list(photographs().values()), features="tower", text=False).image
+    probe = contrastive.LinearProbe(1.0).fit(rows, ["a", "b", "c", "c"])
+    probe.save(tmp_path / "p.safetensors", model=str(tmp_path / "model"), features="tower", **identity_of(model))
+    command = ["probe", "predict", str(tmp_path / "p.safetensors"), str(folder / "images" / "lying.png")]
+    assert main(command) == 0
+    model.preprocessing = Preprocessing(HALF, (0.5, 0.5, 0.25), 16, "longest")
+    models.save_model(model, tmp_path / "model")
+    capsys.readouterr()
+    assert main(command) == 2
+    line = capsys.readouterr().err.strip()
+    assert "std [0.5, 0.5, 0.5]" in line and "std [0.5, 0.5, 0.25]" in line and "\n" not in line
+
+
+def test_models_that_differ_in_preprocessing_are_not_mixed(folder):
+    one, other = model_of(folder), model_of(folder, *chosen("squash", "bicubic"))
+    with pytest.raises(UserError, match="preprocessing: resize_mode shortest in the first, resize_mode squash in the"):
+        models.interpolate(one, other, 0.5)
+
+
 def test_a_fill_color_without_a_use_is_one_line(folder):
     with pytest.raises(UserError, match="model.image.fill_color: 9 does nothing with resize_mode shortest"):
         model_of(folder, "model.image.fill_color=9")
@@ -150,11 +172,9 @@ def test_a_model_of_images_that_are_not_square_is_not_trained_on_square_crops(fo
         "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
     }
     (tmp_path / "wide.json").write_text(json.dumps(config))
-    recipe = (
-        RECIPE.format(folder=folder).split("model:")[0] + f"model: {{kind: open_clip, name: {tmp_path}/wide.json}}\n"
-    )
-    recipe += "data:" + RECIPE.format(folder=folder).split("data:")[1]
-    (tmp_path / "wide.yaml").write_text(recipe)
+    before, after = RECIPE.split("model:")[0], RECIPE.split("data:")[1]
+    model = f"model: {{{{kind: open_clip, name: {tmp_path}/wide.json}}}}\ndata:"
+    (tmp_path / "wide.yaml").write_text((before + model + after).format(folder=folder))
     with pytest.raises(UserError, match="16 x 24 px, and training makes square crops"):
         build_model(load_config(tmp_path / "wide.yaml", []))
 
