@@ -125,7 +125,10 @@ def build_described(description: dict[str, Any], folder: Path, *, text_tower: bo
     text_tower: False puts a `NoTextTower` in its place.
     """
     saved = description.get("preprocessing")
-    preprocessing = None if saved is None else Preprocessing.from_dict(saved)
+    try:
+        preprocessing = None if saved is None else Preprocessing.from_dict(saved)
+    except UserError as error:
+        raise UserError(f"{folder}: config.json: {error}") from None
     bias = 0.0 if description.get("bias") else None
     if "open_clip" in description:
         model = open_clip_model(

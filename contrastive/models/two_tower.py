@@ -108,7 +108,8 @@ class TwoTower(nn.Module):
         if self.whole_fingerprint is not None:
             raise UserError(f"preprocessing: {self.name} was opened without its text tower; open the whole model first")
         self._preprocessing = value
-        self.image.mean, self.image.std = value.mean, value.std
+        if (tuple(self.image.mean), tuple(self.image.std)) != (value.mean, value.std):
+            self.image.mean, self.image.std = value.mean, value.std  # equal whole numbers stay: they are fingerprinted
         # 255 belongs to the constants: uint8 pixels become normalised floats in one fused pass.
         self.pixel_mean.copy_(torch.tensor(value.mean).view(1, 3, 1, 1) * 255)
         self.pixel_std.copy_(torch.tensor(value.std).view(1, 3, 1, 1) * 255)

@@ -111,6 +111,20 @@ def test_a_classifier_and_a_probe_from_before_the_repair_are_refused_in_one_line
     assert "shortest" in line and "squash" in line and "\n" not in line
 
 
+def test_a_wrong_repair_is_one_line_that_names_the_folder(tmp_path):
+    folder = shutil.copytree(BEFORE / "open_clip", tmp_path / "open_clip")
+    repair(folder, resize_mode="stretch")
+    with pytest.raises(UserError, match=r"model: config.json: preprocessing.resize_mode 'stretch': use shortest"):
+        contrastive.load(folder, device="cpu")
+
+
+def test_whole_numbers_as_mean_keep_their_fingerprint():
+    model = open_model(BEFORE / "timm")
+    tower = models.TimmImageTower("resnet18", 8, 16, mean=(0, 0, 0), std=(1, 1, 1))
+    described = models.describe(models.TwoTower(tower, model.text, model.tokenizer, 8))["image"]
+    assert repr(described["mean"]) == "[0, 0, 0]"  # as such it was hashed
+
+
 def test_a_mean_that_was_changed_in_one_of_two_places_is_told(tmp_path):
     model = open_model(BEFORE / "timm")
     folder = models.save_model(model, tmp_path / "model")
