@@ -8,6 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -16,11 +17,13 @@ from contrastive.errors import UserError
 from contrastive.evaluation import SCALARS, open_labelled, read_templates
 from contrastive.losses import CustomLoss
 from contrastive.run_folder import RunFolder
+from contrastive.shards import Mixture, ShardIndex
 from contrastive.shards.storage import is_remote
 from contrastive.training import list_checkpoints, newest_whole
 
 Resume = bool | Literal["if possible"]
 Result = TypeVar("Result")
+NEARLY_ALL = 0.99  # share of pairs with one caption, from which on a warning is given
 
 
 def check_same_recipe(config: Config, accelerator: Accelerator) -> None:
@@ -145,3 +148,29 @@ def check_metrics(config: Config) -> None:
     for key, name in (("checkpoint.keep_best", config.checkpoint.keep_best), ("eval.stop.metric", stop)):
         if name is not None and name not in SCALARS:
             raise UserError(f"{key}: {name!r}; validation gives {', '.join(sorted(SCALARS))}")
+
+
+def repeated_content(key: str, data: Mixture | ShardIndex) -> Iterator[str]:
+    """A line where nearly all pairs have one caption, or one image: a loss near 0 says nothing then.
+
+    Args:
+        key: of the recipe, which the line begins with.
+    """
+    weights = np.ones(len(data))
+    if isinstance(data, Mixture):  # as often as a sample is drawn
+        weights = np.concatenate(
+            [np.full(len(part), weight / len(part)) for part, weight in zip(data.parts, data.weights, strict=True)]
+        )
+    if len(data) < 2:
+        return
+    for what, ids in (("caption", data.ids), ("image", data.image_ids)):
+        found, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+        shares = np.bincount(inverse.ravel(), weights) / weights.sum()
+        most = int(shares.argmax())
+        if len(found) < len(ids) and shares[most] >= NEARLY_ALL:
+            text = data.caption(int(first[most])) if what == "caption" else f"that of {data.key(int(first[most]))}"
+            text = text if len(text) <= 60 else text[:57] + "..."
+            yield (
+                f"warning: {key}: {shares[most]:.1%} of the pairs have the same {what}, {text!r}; equal pairs are not "
+                "told apart, so that a loss of 0 or an accuracy of 100% means nothing here"
+            )

@@ -55,6 +55,7 @@ from contrastive.preflight import (
     find_start,
     may_exist,
     only_run,
+    repeated_content,
 )
 from contrastive.run_folder import TRACKED, RunFolder
 from contrastive.shards import Mixture, Rejected, ShardIndex, open_cache, open_index, why_not_compiled
@@ -131,6 +132,8 @@ def _run(
     prints = set(gather_object([data.fingerprint]))
     if len(prints) > 1:
         raise UserError("data.train: the shards changed while the processes opened them; start again")
+    for line in repeated_in(data, validation_index):
+        accelerator.print(line, flush=True)
     trained_tokenizer = settle_tokenizer(config, data, accelerator, folder.path if checkpoint else None)
     model = build_model(config, trained_tokenizer)
     # From here on each process draws its own: dropout masks must differ between the shares of a batch.
@@ -200,6 +203,12 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     finally:
         if accelerator.is_main_process:
             accelerator.wait_for_everyone()
+
+
+def repeated_in(data: Mixture, validation_index: ShardIndex | None) -> list[str]:
+    """Warnings of `repeated_content`, for training and validation."""
+    sets = {"data.train": data, "data.validation": validation_index}
+    return [line for key, found in sets.items() if found is not None for line in repeated_content(key, found)]
 
 
 def settle_tokenizer(config: Config, data: Mixture, accelerator: Accelerator, kept: Path | None) -> str:
@@ -412,5 +421,7 @@ def dry_run(config: Config) -> str:
             lines.append(f"{split:12s} {folder}: {len(open_index(folder)):,} pairs")
         else:
             lines.append(f"{split:12s} {folder}: NOT FOUND; make it with `contrastive shard SOURCE {folder}`")
+    if data is not None:
+        lines += repeated_content("data.train", data)
     lines.append(f"{'batch':12s} {config.train.global_batch} pairs over all processes")
     return "\n".join(lines)

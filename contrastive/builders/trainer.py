@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
+from accelerate.utils.environment import parse_flag_from_env
 from numpy.typing import NDArray
 from torch import nn
 
@@ -24,6 +30,7 @@ from contrastive.config import (
     Config,
     terms_of,
 )
+from contrastive.config.combinations import LENGTHS
 from contrastive.errors import UserError
 from contrastive.models import (
     TwoTower,
@@ -42,7 +49,9 @@ from contrastive.training import (
     shard,
 )
 from contrastive.training.curriculum import Settings
+from contrastive.training.launcher_settings import check_launcher_settings, notes_on_settings
 from contrastive.training.memory import keep_freed_memory
+from contrastive.training.rates import Rates
 
 
 class FrozenFeatures(NamedTuple):
@@ -59,10 +68,13 @@ def build_accelerator(config: Config) -> Accelerator:
     Sets the process up for it too: `train.threads`, and on a CPU freed memory is kept, see `keep_freed_memory`.
 
     Raises:
-        UserError: the precision is not to be had on this device, or a tracker is not installed.
+        UserError: the precision is not to be had on this device, a tracker is not installed, or the environment has
+            settings that would change the run, see `check_launcher_settings`.
     """
+    check_launcher_settings()
     precision = config.train.precision
-    on_cpu = not torch.accelerator.is_available()
+    told = parse_flag_from_env("ACCELERATE_USE_CPU") and torch.accelerator.is_available()  # `accelerate launch --cpu`
+    on_cpu = told or not torch.accelerator.is_available()
     if precision == "auto":
         precision = "bf16" if on_cpu or torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and on_cpu:
@@ -78,6 +90,9 @@ def build_accelerator(config: Config) -> Accelerator:
             # Without this, accelerate takes the ranks of a launcher on a machine without GPUs for lone processes.
             cpu=on_cpu,
             mixed_precision="no" if precision == "fp32" else precision,
+            # Both would come from the environment else, see `launcher_settings`.
+            dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=list(config.track.trackers) or None,
             project_config=ProjectConfiguration(config.run.dir, logging_dir=str(tensorboard)),
             # Gradients live in DDP's buckets, so that averaging copies nothing.
@@ -94,6 +109,8 @@ def build_accelerator(config: Config) -> Accelerator:
             f"{list(config.track.trackers)}: {reason}"
         ) from None
     check_trackers(accelerator, config.track.trackers)
+    for note in notes_on_settings(precision, told):
+        accelerator.print(note, flush=True)
     return accelerator
 
 
@@ -206,9 +223,21 @@ def build_trainer(
         log_every=config.track.log_every,
         quiet=quiet,
         ema=None if config.optim.ema is None else (config.optim.ema.decay, config.optim.ema.every),
+        rates=build_rates(config),
         twin=twin,
         stop=None if config.eval.stop is None else EarlyStop(**config.eval.stop.model_dump()),
     )
+
+
+def build_rates(config: Config) -> Rates:
+    """The highest rate of each tower, and the keys that decide the rate at a step."""
+    optim, train = config.optim, config.train
+    length = next(name for name in LENGTHS if getattr(train, name) is not None)
+    settings = {"optim.lr": optim.lr, "optim.warmup": optim.warmup, "optim.schedule": optim.schedule}
+    scales = {tower: choice.lr_scale for tower, choice in towers_of(config).items()}
+    settings |= {f"model.{tower}.lr_scale": scale for tower, scale in scales.items()}
+    settings |= {f"train.{length}": getattr(train, length)}
+    return Rates({tower: optim.lr * scale for tower, scale in scales.items()}, settings)
 
 
 def build_probe(config: Config, model: TwoTower, index: ShardIndex | None) -> ProbeBatch | None:

@@ -28,6 +28,7 @@ from contrastive.training.hold import Hold
 from contrastive.training.patience import EarlyStop
 from contrastive.training.probe_batch import ProbeBatch
 from contrastive.training.progress import Progress
+from contrastive.training.rates import Rates
 from contrastive.training.saver import Saver
 from contrastive.training.schedule import Duration, Every, Point, Schedule
 from contrastive.training.sharding import drain, fill, is_sharded
@@ -78,6 +79,7 @@ class Trainer:
         probe: is called on the main process every `probe_every`. mfu: log what `Utilisation` gives.
         ema: ``(decay, every)`` of a `WeightAverage`, validated and final; the main process has it.
         stop: ends the run behind a validation; its metric is a name that `validate` returns.
+        rates: are kept in checkpoints, so that a resumed run can say where its rate changes.
         twin: of a sharded model, on the main process: one like it that takes the whole weights to be evaluated.
     """
 
@@ -114,6 +116,7 @@ class Trainer:
         quiet: bool = False,
         ema: tuple[float, int] | None = None,
         stop: EarlyStop | None = None,
+        rates: Rates | None = None,
         twin: nn.Module | None = None,
     ) -> None:
         self.accelerator, self.schedule, self.duration = accelerator, schedule, duration
@@ -135,6 +138,7 @@ class Trainer:
         averages = ema is not None and accelerator.is_main_process
         self.average = WeightAverage(accelerator.unwrap_model(self.model), *ema) if averages and ema else None
         self.stop = stop
+        self.rates = rates or Rates()
         self.run_dir, self.global_batch = run_dir, global_batch
         self.curriculum = curriculum or Curriculum()
         # What is wrong with it is told before the first step. Of a run in stages it is the last one's.
@@ -396,6 +400,7 @@ class Trainer:
         skipped = {"skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
         state = {"step": self.step, "seconds": self.seconds, **skipped, **self.identity, "loader": loader}
         state |= {"validation_due": self._validation_due, "stop": None if self.stop is None else self.stop.state()}
+        state |= {"rates": self.rates.state(self._next_factor())}
         self.saver.finish()
         spare = self.saver.spare
         snapshot = take_snapshot(
@@ -404,6 +409,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.saver.save(snapshot)
         self._saved_step = self.step
+
+    def _next_factor(self) -> float:
+        return self.schedule.factor(self.step, self.duration.progress(self.step, self.seconds))
 
     def _let_copy(self) -> None:
         """Weights and moments change from here on: a snapshot of them must be taken."""
@@ -426,6 +434,9 @@ class Trainer:
         )
         self.step, self.seconds = state["step"], state["seconds"]
         self.skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        change = self.rates.change(self.step, state.get("rates"), self._next_factor())
+        if change is not None:
+            self.accelerator.print(change, flush=True)
         self.skips.restore(state["loader"]["counters"])
         self._validation_due = bool(state.get("validation_due") and self.validate and self.validate_every)
         if self.stop is not None:
