@@ -25,6 +25,7 @@ from contrastive.build import (
     build_data,
     build_duration,
     build_model,
+    build_schedule,
     build_trainer,
     check_batch,
     has_work_for_compiled,
@@ -407,7 +408,9 @@ def dry_run(config: Config) -> str:
     check_tracker_names(config.track.trackers)
     model = build_model(config, trained)
     if data is not None:
-        build_curriculum(config, model, build_duration(config, data.epoch_size), data.epoch_size)
+        duration = build_duration(config, data.epoch_size)
+        build_schedule(config, duration)
+        build_curriculum(config, model, duration, data.epoch_size)
     if config.train.chunk is not None:
         check_chunkable(model.train(), config.train.chunk)
     lines = [f"recipe is valid; run folder {config.run.dir}"]

@@ -115,7 +115,7 @@ optim: {lr: 1.0e-3, weight_decay: 0.1, betas: [0.9, 0.98], eps: 1.0e-8, warmup: 
         clip: null}
 train: {minutes: 6, global_batch: 512, chunk: 64, precision: bf16, gradient_checkpointing: true,
         channels_last: false, threads: 2}
-checkpoint: {every: null, keep: 3}
+checkpoint: {every: 10m, keep: 3}
 eval:
   every: 20%
   labelled:
@@ -128,7 +128,7 @@ track: {with: [tensorboard, wandb], log_every: 5}
     assert config.model.logit_bias == -10.0
     assert config.loss == MarginConfig(margin=0.3, negatives="hardest", same_caption="negative")
     assert config.eval.labelled[0].tasks == ("zeroshot", "probe")
-    assert (config.eval.every, config.checkpoint.every, config.optim.clip) == ("20%", None, None)
+    assert (config.eval.every, config.checkpoint.every, config.optim.clip) == ("20%", "10m", None)
     assert config.track.trackers == ("tensorboard", "wandb")
     assert config.model.image.kwargs == {"a": 1}
 

@@ -8,6 +8,7 @@ from contrastive.builders.model import towers_of
 from contrastive.config import (
     Config,
 )
+from contrastive.config.combinations import LENGTHS
 from contrastive.config.spans import SECONDS, period_parts
 from contrastive.errors import UserError
 from contrastive.training import (
@@ -66,9 +67,19 @@ def build_unfreezing(config: Config, epoch: int, duration: Duration) -> dict[str
     return until
 
 
-def build_schedule(config: Config) -> Schedule:
-    """Warm-up and shape of the learning rate."""
+def build_schedule(config: Config, duration: Duration) -> Schedule:
+    """Warm-up and shape of the learning rate.
+
+    Raises:
+        UserError: the warm-up is longer than the run.
+    """
     warmup = share_or_steps(config.optim.warmup)
+    if duration.steps is not None and isinstance(warmup, int) and warmup > duration.steps:
+        length = ", ".join(f"{name} {getattr(config.train, name):g}" for name in LENGTHS if getattr(config.train, name))
+        raise UserError(
+            f"optim.warmup: {warmup} steps of warm-up do not fit into train.{length}, {duration.steps} steps; set it "
+            "lower, or give a share of the run such as 5%"
+        )
     if isinstance(warmup, float):
         return Schedule(warmup_share=warmup, shape=config.optim.schedule)
     return Schedule(warmup_steps=warmup or 0, shape=config.optim.schedule)

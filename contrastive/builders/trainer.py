@@ -170,6 +170,8 @@ def build_trainer(
     if world > 1 and config.train.sharding == "fsdp":
         twin = copy.deepcopy(model) if accelerator.is_main_process else None
         network = shard(accelerator.prepare_model(model, evaluation_mode=True), accelerator.device)
+    elif config.train.sharding == "fsdp":
+        accelerator.print("note: train.sharding fsdp does nothing on one process, which keeps all weights")
     elif world > 1:
         network = _synchronise_batch_norm(model, accelerator)
     return Trainer(
@@ -186,7 +188,7 @@ def build_trainer(
             layer_decay=layer_decay,
             layers={name: layer for tower in layer_decay for name, layer in model.layers(tower).items()},
         ),
-        build_schedule(config),
+        build_schedule(config, duration),
         duration,
         make_loader,
         Skips(

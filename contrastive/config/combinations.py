@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from contrastive.config.curriculum import curriculum_problems
 from contrastive.config.losses import terms_of
+from contrastive.config.without_effect import keys_without_effect
 
 if TYPE_CHECKING:
     from contrastive.config.recipe import Config
@@ -30,6 +31,7 @@ def impossible_combinations(config: Config) -> Iterator[Problem]:
     yield from _evaluation(config)
     yield from _sharding(config)
     yield from curriculum_problems(config)
+    yield from keys_without_effect(config)
 
 
 def _length(config: Config) -> Iterator[Problem]:
