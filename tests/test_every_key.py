@@ -191,7 +191,6 @@ REFUSED = [
     ([], "data.features", "somewhere"),
     (["data.workers=0"], "data.timeout", "5"),
     (["data.augment.color=0"], "data.compiled", "true"),
-    (["checkpoint.every=null"], "checkpoint.keep", "5"),
     (["checkpoint.every=null"], "checkpoint.keep_every", "5"),
     (["data.validation=null"], "track.probe", "10"),
     (["data.validation=null"], "track.probe_every", "10"),

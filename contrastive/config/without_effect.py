@@ -128,12 +128,11 @@ def _data(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _during_the_run(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     checkpoint, track = config.checkpoint, config.track
-    if checkpoint.every is None:
-        names = ["keep_every"] if checkpoint.keep_best is not None else ["keep", "keep_every"]
-        for name in _changed(checkpoint, *names):
+    if checkpoint.every is None:  # `keep` counts those of a run that was stopped and resumed
+        for name in _changed(checkpoint, "keep_every"):
             yield _nothing(
-                f"checkpoint.{name}", getattr(checkpoint, name), "with checkpoint.every null, so one at the end",
-                "set checkpoint.every, or leave it out", "checkpoint.every", "checkpoint.keep_best",
+                f"checkpoint.{name}", getattr(checkpoint, name), "with checkpoint.every null, so only one at the end",
+                "set checkpoint.every, or leave it out", "checkpoint.every",
             )  # fmt: skip
     if config.data.validation is None or track.probe is None:
         missing = "data.validation, which is null" if config.data.validation is None else "track.probe, which is null"
