@@ -20,8 +20,8 @@ HELP = "turn a table, an image folder, a saved data set or other shards into tar
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        help="a Parquet, CSV, TSV or JSONL file, a folder of images, of shards or saved by Hugging Face's datasets, "
-        "or a glob",
+        help="a Parquet, CSV, TSV or JSONL file, COCO's or Karpathy's JSON, a folder of images, of shards, of tables or "
+        "saved by Hugging Face's datasets, or a glob",
     )
     parser.add_argument("dest", help="the folder to write; it grows as DEST.unfinished, and a new run goes on there")
     parser.add_argument("--image", metavar="COL", help="column of the image: bytes, or a path relative to the table")
@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-outside", action="store_true", help="read images by paths that leave the table's folder"
     )
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="rows a shard (default: 1000)")
+    parser.add_argument("--split", metavar="NAME", help="of several splits the one to read, or several: train+val")
+    parser.add_argument("--images", metavar="FOLDER", help="folder of the images that a JSON names (default: near it)")
     parser.add_argument("--limit", type=int, metavar="N", help="read the first N rows only")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards in DEST")
 
@@ -102,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         limit=args.limit,
         allow_outside=args.allow_outside,
         group=args.group,
+        split=args.split,
+        images=args.images,
     )
     for line in (*source.notes, left_out_line(source.rejected)):
         if line:

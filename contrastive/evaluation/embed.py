@@ -29,7 +29,7 @@ from contrastive.evaluation.protocol import Model, inference
 from contrastive.printable import printable
 from contrastive.shards import Record, Rejected, ShardIndex, Source, decode_image, open_source
 from contrastive.shards.decode import decoded
-from contrastive.shards.sources import ShardSource
+from contrastive.shards.shard_source import ShardSource
 
 Images = str | PathLike[str] | Source | ShardIndex | Sequence[Any]
 Progress = Callable[[int, int], None]  # images done, images in all
@@ -426,7 +426,7 @@ def _decode(numbered: tuple[int, Any]) -> tuple[Record, Image.Image | Rejected, 
 def read_item(number: int, item: Any) -> tuple[Record, Image.Image | Rejected | None]:
     """One item of a source as a record with its bytes, and the picture or a fault where no bytes need decoding."""
     if isinstance(item, Record):
-        return item, None if item.fault is None else Rejected(item.fault, item.detail)
+        return item, None if item.image_fault is None else Rejected(item.image_fault, item.detail)
     if isinstance(item, Image.Image):
         record = Record(f"image {number}", None)
         try:

@@ -146,14 +146,14 @@ class Captions:
             found = [text for text in found if text.stem == image.stem] or found
             self.used.update(found)
             if len(found) > 1:
-                self.faults[image] = "several caption files", " and ".join(text.name for text in found)
+                self.faults[image] = "caption in several files", " and ".join(text.name for text in found)
             elif found:
                 owners.setdefault(found[0], []).append(image)
         for text, own in owners.items():
             own = [image for image in own if image.stem == text.stem] or own
             if len(own) > 1:
                 names = f"{' and '.join(image.name for image in own)} with {text.name}"
-                self.faults.update((image, ("several images of one name", names)) for image in own)
+                self.faults.update((image, ("caption of several images", names)) for image in own)
             else:
                 self.of[own[0]] = text
 
@@ -164,7 +164,11 @@ class Captions:
         text = self.of.get(image)
         data, fault = (None, None) if text is None else read_regular(text)
         if fault:
-            return (), "text too long" if fault == "image too large" else "caption not a regular file", str(text)
+            return (
+                (),
+                "caption file too large" if fault == "image too large" else "caption not a regular file",
+                str(text),
+            )
         if data is None:
             return (), None, None
         try:

@@ -32,6 +32,12 @@ class Record:
     detail: str | None = None
     place: str | None = None
 
+    @property
+    def image_fault(self) -> str | None:
+        """The fault, but for that of a caption, whose text begins with this word: the image can be used without it."""
+        of_caption = self.image is not None and self.fault is not None and self.fault.startswith("caption")
+        return None if of_caption else self.fault
+
 
 class SkippedRow(NamedTuple):
     """A line of rejected.jsonl: something that did not become a pair. See `Record` for detail and place."""

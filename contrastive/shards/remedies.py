@@ -44,6 +44,11 @@ REMEDIES: dict[str, tuple[str, str]] = {
     ),
     "text too long": ("have captions that are too long", "name the column of a shorter text with --caption"),
     "caption not UTF-8": ("have a caption that is not UTF-8", "save the captions as UTF-8"),
+    "caption of several images": (
+        "have a caption that is that of several images of one name",
+        "rename the images, and give each a .txt file of its own name",
+    ),
+    "caption in several files": ("have several caption files", "keep one .txt file for each image"),
     "key too long": ("have a key that is too long", "drop or rename the column 'key' to have the rows numbered"),
     "score too low": ("score below --clip-score", "lower its minimum, or take another model"),
     "too many pixels": ("have an image with too many pixels", "shrink the images first"),

@@ -94,7 +94,7 @@ def scan_shard(path: Path) -> Scan:
     with open(path, "rb") as file:
         for key, parts in samples.items():
             image, text, info = (parts.get(kind, _NONE) for kind in ("image", "txt", "json"))
-            reason, caption = "several images of one name" if "second" in parts else "", ""
+            reason, caption = "caption of several images" if "second" in parts else "", ""
             if not reason:
                 reason, caption = _look(file.fileno(), image, text, info)
             if reason:

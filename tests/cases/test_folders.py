@@ -166,11 +166,11 @@ def test_several_images_of_one_caption_are_named_and_none_is_taken(tmp_path: Pat
     records = {record.key: record for record in open_source(write_files(tmp_path, files))}
     assert records["b.jpg"].fault is None
     for name in names:
-        assert (records[name].fault, records[name].captions) == ("several images of one name", ())
+        assert (records[name].fault, records[name].captions) == ("caption of several images", ())
         assert records[name].image and all(other in str(records[name].detail) for other in (*names, "a.txt"))
     tar = open_source(write_tar(tmp_path / "x.tar", [(name, data) for name, data in files.items() if name != "a.JPG"]))
     if "a.JPG" not in names:
-        assert tar.rejected == {"several images of one name": 1}
+        assert tar.rejected == {"caption of several images": 1}
 
 
 def test_images_without_a_caption_beside_others_are_told_and_texts_without_an_image_counted(tmp_path: Path) -> None:

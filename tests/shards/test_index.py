@@ -129,7 +129,7 @@ def test_two_images_of_one_key_are_left_out_and_counted(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", files)
     index = open_index(tmp_path)
     assert [index.key(i) for i in range(len(index))] == ["b"]
-    assert index.rejected == {"several images of one name": 1}
+    assert index.rejected == {"caption of several images": 1}
 
 
 def test_of_two_members_of_one_name_the_first_stays_and_the_second_is_counted(tmp_path: Path) -> None:
