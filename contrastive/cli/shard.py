@@ -20,8 +20,8 @@ HELP = "turn a table, an image folder, a saved data set or other shards into tar
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        help="a Parquet, CSV, TSV or JSONL file, COCO's or Karpathy's JSON, a folder of images, of shards, of tables or "
-        "saved by Hugging Face's datasets, or a glob",
+        help="a Parquet, CSV, TSV or JSONL file, COCO's or Karpathy's JSON, a folder of images, of shards, of tables "
+        "or saved by Hugging Face's datasets, or a glob",
     )
     parser.add_argument("dest", help="the folder to write; it grows as DEST.unfinished, and a new run goes on there")
     parser.add_argument("--image", metavar="COL", help="column of the image: bytes, or a path relative to the table")

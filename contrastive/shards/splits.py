@@ -65,13 +65,13 @@ def choose_split(path: object, found: Mapping[str, Sequence[Path]], split: str |
 
 def several_splits(path: object, found: Iterable[str], remedy: str = "") -> UserError:
     """The error for a set of several splits when none was chosen."""
-    names = sorted(found, key=lambda name: (list(_ALIASES).index(split_of(name) or "restval"), name))
+    names = _in_order(found)
     return UserError(f"{path}: holds several splits: {', '.join(names)}; choose one, as in --split {names[0]}{remedy}")
 
 
 def wanted_splits(path: object, found: Iterable[str], split: str) -> list[str]:
     """The names in `found` that `split` stands for: by name, or by another name of the same split (val, validation)."""
-    names = list(found)
+    names = _in_order(found)
     if not names:
         raise UserError(f"--split {split}: {path} holds no splits; leave it out")
     wanted: list[str] = []
@@ -84,6 +84,10 @@ def wanted_splits(path: object, found: Iterable[str], split: str) -> list[str]:
             raise UserError(f"--split {split}: {path} holds {', '.join(names)}")
         wanted += (name for name in same if name not in wanted)
     return wanted
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: (list(_ALIASES).index(split_of(name) or "restval"), name))
 
 
 def _grouped(files: Sequence[Path], names: Sequence[str | None]) -> dict[str, list[Path]]:
