@@ -13,6 +13,7 @@ from contrastive.cli.output import (
     add_output_arguments,
     check_output,
     guess_rows,
+    one_split,
     print_left_out,
     rows_in_order,
     write_rows,
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     check_output("--output", args.output)
     check_output("--save", args.save, makes_folders=True)
     check_model(args.model, args.images)
-    source = open_arguments(args.images, args.model)
+    source = one_split(open_arguments(args.images, args.model), args.split)
     model, classifier = _opened(args)
     if not (args.multilabel or args.reject):
         check_several(classifier.classes_.tolist(), ALONE)

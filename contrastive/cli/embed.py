@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from contrastive.cli.output import add_split_argument
+
 NAME = "embed"
 HELP = "embed images and captions once, into a folder that evaluate reads; also under torchrun"
 
@@ -12,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a run folder, a model folder, or an open_clip name")
     parser.add_argument("source", help="images, with or without captions and labels: a folder, glob, table or shards")
     parser.add_argument("dest", help="the folder to keep the embeddings in; several sets and models may share it")
+    add_split_argument(parser)
     parser.add_argument("--label", metavar="COL", help="column of the label (default: guessed)")
     parser.add_argument("--captions", choices=("all", "first", "none"), default="all", help="default: all")
     parser.add_argument("--invert", action="store_true", help="turn the images into their negatives first")
@@ -38,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_output_folder("DEST", args.dest)
     check_model(args.model, [args.source])
+    source = open_source(args.source, label=args.label, split=args.split) if args.label or args.split else args.source
     started = time.perf_counter()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     own_group = ranks > 1 and not dist.is_initialized()
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         found = embed(
             load(args.model, device=device),
-            open_source(args.source, label=args.label) if args.label else args.source,
+            source,
             batch_size=args.batch_size,
             features="both",
             workers=args.workers,
@@ -70,5 +74,5 @@ def run(args: argparse.Namespace) -> int:
         width = f"width {found.image.shape[1]}, {found.image_tower.shape[1]} before the projection"
         seconds = time.perf_counter() - started
         print(f"{args.dest}: {len(found.image):,} images, {texts:,} captions, {width}; {seconds:.0f} s")
-        print_left_out(args.source, found.outcomes)
+        print_left_out(source, found.outcomes)
     return 0

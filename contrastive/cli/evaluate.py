@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from contrastive.cli.output import add_split_argument, one_split
+
 NAME = "evaluate"
 HELP = "measure a model on a data set (zero-shot, probe, few-shot, kNN, retrieval), or compare two"
 TASKS = ("zeroshot", "probe", "fewshot", "knn", "retrieval")
@@ -19,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", action="store_true", help="two models on the same samples, with paired tests")
     parser.add_argument("--output", metavar="DIR", help="write results.json, predictions.parquet and report.html there")
     parser.add_argument("--cache", metavar="DIR", help="keep embeddings there, and read those of `contrastive embed`")
+    add_split_argument(parser, of="DATA")
+    add_split_argument(parser, "--train-split", "the set of --train")
     parser.add_argument("--label", metavar="COL", help="column of the label (default: guessed)")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labels", metavar="A,B", help="classes of zero-shot (default: those of DATA)")
@@ -111,7 +115,7 @@ def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str]) -> list[An
     from contrastive.models import reinitialised
     from contrastive.printable import printable
 
-    name = printable(Path(args.data).stem)
+    name = printable(Path(args.data).stem) + (f" {args.split}" if args.split else "")
     shared: dict[str, Any] = {
         "invert": args.invert,
         "dtype": {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype],
@@ -121,7 +125,8 @@ def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str]) -> list[An
         "seed": args.seed,
         "examples": 8 if args.output else 0,
     }
-    pairs = "retrieval" in tasks and has_captions(args.data)  # else the prompts of the labels take their place
+    data = one_split(args.data, args.split, args.label)
+    pairs = "retrieval" in tasks and has_captions(data)  # else the prompts of the labels take their place
     labelled = [task for task in tasks if not (task == "retrieval" and pairs)]
     found = []
     if labelled:
@@ -130,8 +135,8 @@ def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str]) -> list[An
             evaluate_labelled(
                 model,
                 name,
-                args.train,
-                args.data,
+                one_split(args.train, args.train_split, args.label),
+                data,
                 labelled,
                 args.templates,
                 labels=labels,
@@ -144,7 +149,7 @@ def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str]) -> list[An
         )
     if pairs:
         title = f"{name}, retrieval" if labelled else name
-        found.append(evaluate_pairs(model, args.data, name=title, captions=args.captions, thorough=True, **shared))
+        found.append(evaluate_pairs(model, data, name=title, captions=args.captions, thorough=True, **shared))
     return found
 
 

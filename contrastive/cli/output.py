@@ -27,8 +27,25 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """The images of `classify` and `probe predict`."""
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, a pattern, a table or shards")
+    add_split_argument(parser)
     parser.add_argument("--invert", action="store_true", help="turn the images into their negatives first")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="labels an image (default: 5)")
+
+
+def add_split_argument(parser: argparse.ArgumentParser, option: str = "--split", of: str = "the images") -> None:
+    """`--split`, and the like of it for a second set."""
+    parser.add_argument(option, metavar="NAME", help=f"of {of}: the split to read where a folder holds several")
+
+
+def one_split(path: Any, split: str | None, label: str | None = None) -> Any:
+    """The path as it is, or opened at a split of it."""
+    from contrastive.shards import open_source
+
+    if split is None:
+        return path
+    if not isinstance(path, str):
+        raise UserError(f"split {split}: of which set? Give one folder or file for it, or leave the split out")
+    return open_source(path, split=split, label=label)
 
 
 def check_output(option: str, path: str | None, *, makes_folders: bool = False) -> None:

@@ -11,8 +11,10 @@ from contrastive.cli.label_files import read_class_names
 from contrastive.cli.output import (
     add_image_arguments,
     add_output_arguments,
+    add_split_argument,
     check_output,
     guess_rows,
+    one_split,
     print_left_out,
     write_rows,
 )
@@ -29,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("train", help="labelled images: one sub-folder a class, a table, or shards")
     fit.add_argument("output", help="the probe file to write (.safetensors)")
     fit.add_argument("--test", metavar="DATA", help="measure on this labelled set, beside the controls")
+    add_split_argument(fit, of="TRAIN")
+    add_split_argument(fit, "--test-split", "the set of --test")
     fit.add_argument("--label", metavar="COL", help="column of the label (default: guessed)")
     fit.add_argument("--C", metavar="C", help="strength, several with commas, clip, dinov2 or default (default)")
     fit.add_argument("--partial", metavar="SHARES", help="also fit to parts of the training set: 0.01,0.1,1")
@@ -67,8 +71,8 @@ def _fit(args: argparse.Namespace) -> int:
     model = load(args.model)
     outcome = probe_with_controls(
         model,
-        args.train,
-        args.test,
+        one_split(args.train, args.split, args.label),
+        one_split(args.test, args.test_split, args.label),
         lambda: reinitialised(model, args.seed),
         C=strengths,
         partial=shares,
@@ -153,7 +157,7 @@ def _predict(args: argparse.Namespace) -> int:
     path = args.model or saved.get("model")
     if path is None:
         raise UserError(f"{args.probe} does not say which model it belongs to; name it with --model")
-    source = open_arguments(args.images, path)
+    source = one_split(open_arguments(args.images, path), args.split)
     model = load(path)
     check_belongs(args.probe, saved, model, remedy="name its own model with --model, or fit again")
     found = embed(

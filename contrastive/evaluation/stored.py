@@ -76,7 +76,8 @@ def embed_stored(
         "features": features,
         "invert": invert,
     }
-    name = os.path.abspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
+    named = source.name if isinstance(source, Source) else source
+    name = os.path.abspath(named) if named and isinstance(named, (str, os.PathLike)) else type(source).__name__
     place = {"source": name, "items": total}
     folder = Path(cache) / _digest(json.dumps(identity | place, sort_keys=True).encode())
     make = {"image": on_images(model, features)}

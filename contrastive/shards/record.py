@@ -114,6 +114,7 @@ class Source:
     columns: list[str]
     files: list[Path]
     limit: int | None = None
+    name: str = ""  # the path that was opened, and the split
     left_out: Mapping[str, int] = MappingProxyType({})  # what `rejected` gives, where a class has nothing else to say
 
     def __iter__(self) -> Iterator[Record]:
@@ -123,7 +124,7 @@ class Source:
         return self._count() if self.limit is None else min(self.limit, self._count())
 
     def __str__(self) -> str:
-        return f"{self.kind} of {len(self):,} records"
+        return self.name or f"{self.kind} of {len(self):,} records"
 
     @property
     def rejected(self) -> Mapping[str, int]:

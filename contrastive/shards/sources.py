@@ -59,6 +59,8 @@ def open_source(
         raise UserError(f"limit {limit}: give at least 1")
     source = _open(path, _Asked(image, caption, label, group, split, images))
     source.limit = limit
+    if isinstance(path, str | os.PathLike):
+        source.name = f"{os.fspath(path)} (split {split})" if split else os.fspath(path)
     if isinstance(source, TableSource | JsonSet):
         source.allow_outside = allow_outside
     return source

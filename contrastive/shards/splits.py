@@ -66,7 +66,10 @@ def choose_split(path: object, found: Mapping[str, Sequence[Path]], split: str |
 def several_splits(path: object, found: Iterable[str], remedy: str = "") -> UserError:
     """The error for a set of several splits when none was chosen."""
     names = _in_order(found)
-    return UserError(f"{path}: holds several splits: {', '.join(names)}; choose one, as in --split {names[0]}{remedy}")
+    return UserError(
+        f"{path}: holds several splits: {', '.join(names)}; choose one, as in --split {names[0]}{remedy}"
+        " (for the set of --train or --test: --train-split, --test-split)"
+    )
 
 
 def wanted_splits(path: object, found: Iterable[str], split: str) -> list[str]:
