@@ -105,7 +105,8 @@ class ImageFolder(Source):
         several = sum("\n" in "".join(self._texts.read(file)[0]) for file in sample)
         if several:
             all_ = f"the first {SAMPLE:,}" if len(self._texts.of) > SAMPLE else f"{len(sample):,}"
-            yield f"{several:,} of {all_} .txt files have several lines: each file is one caption"
+            rule = "each file is one caption (several go into metadata.jsonl)"
+            yield f"{several:,} of {all_} .txt files have several lines: {rule}"
 
     def _class_notes(self, folders: Sequence[Path]) -> Iterator[str]:
         if self._level is None:

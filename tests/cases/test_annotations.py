@@ -40,6 +40,12 @@ def test_metadata_gives_captions_and_labels_and_counts_the_images_that_it_does_n
     assert source.rejected == {f"image that metadata.{kind} does not name": 2, ".pdf": 1}
 
 
+def test_metadata_gives_several_captions_an_image(tmp_path: Path) -> None:
+    row = {"file_name": "0.jpg", "captions": ["one", "two"]}
+    (record,) = open_source(write_files(tmp_path, {"0.jpg": picture(1), "metadata.jsonl": metadata("jsonl", [row])}))
+    assert record.captions == ("one", "two")
+
+
 def test_metadata_in_each_split_is_that_of_the_split(tmp_path: Path) -> None:
     for split in ("train", "test"):
         rows = metadata("csv", [{"file_name": "0.jpg", "caption": split}])

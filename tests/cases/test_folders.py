@@ -105,7 +105,10 @@ def test_a_hard_wrapped_caption_is_one_caption_in_a_folder_and_in_a_tar(tmp_path
     assert {index.key(i): (index.caption(i),) for i in range(len(index))} == {
         key: (text,) for key, text in texts.items()
     }
-    assert "6 of 6 .txt files have several lines: each file is one caption" in source.notes
+    assert (
+        "6 of 6 .txt files have several lines: each file is one caption (several go into metadata.jsonl)"
+        in source.notes
+    )
 
 
 @pytest.mark.parametrize("text", ["one\ntwo", "\ufeffone", "  one \r\n two\n\n", "one\n\n\ntwo\tthree\n"])

@@ -61,21 +61,30 @@ def test_both_kinds_of_features_come_from_one_pass(counting, pairs):
     np.testing.assert_allclose(found.text_tower, embed(counting, pairs, features="tower").text, atol=1e-6)
 
 
+def with_captions(pairs, number, captions):
+    """The pairs as a table, in which one image has other captions."""
+    rows = [{"image": f"pairs/{i}.png", "captions": [(pairs / f"{i}.txt").read_text()]} for i in range(8)]
+    rows[number]["captions"] = captions
+    table = pairs.parent / "several.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return table
+
+
 def test_every_caption_has_a_row_and_knows_its_image(model, pairs):
-    (pairs / "1.txt").write_text("green square\nred\nblue\n")
-    found = embed(model, pairs, text="all")
+    table = with_captions(pairs, 1, ["green square", "red", "blue"])
+    found = embed(model, table, text="all")
     assert found.image_of_text.tolist() == [0, 1, 1, 1, 2, 3, 4, 5, 6, 7]
     assert found.captions[1:4] == ["green square", "red", "blue"] and len(found.text) == 10
     np.testing.assert_allclose(found.text[2], embed(model, pairs).text[0], atol=0.1)  # red beside "red square"
 
 
 def test_the_cache_gives_the_rows_of_a_plain_pass_and_encodes_nothing_twice(counting, pairs, tmp_path):
-    (pairs / "1.txt").write_text("green square\nred\n")
-    expected = embed(counting, pairs, **OPTIONS)
+    table = with_captions(pairs, 1, ["green square", "red"])
+    expected = embed(counting, table, **OPTIONS)
     Counting.seen = 0
-    first = embed(counting, pairs, cache=tmp_path / "c", **OPTIONS)
+    first = embed(counting, table, cache=tmp_path / "c", **OPTIONS)
     same(first, expected)
-    again = embed(counting, pairs, cache=tmp_path / "c", **OPTIONS)
+    again = embed(counting, table, cache=tmp_path / "c", **OPTIONS)
     same(again, first, rounding=0)
     assert Counting.seen == 8
     assert isinstance(again.image, np.memmap) and isinstance(again.text, np.memmap)
