@@ -597,7 +597,7 @@ def test_an_image_in_memory_with_another_tag_is_another_picture(tmp_path: Path) 
     def rows(orientation: int) -> NDArray[np.float32]:
         image = Image.fromarray(scene(14, 64, 64))
         image.info["exif"] = exif(orientation)
-        return embed(ColourModel(), [image], text=False, features="tower", cache=tmp_path / "cache").image
+        return embed(ColourModel(), [image], text=False, features="tower", cache=tmp_path / "cache").image.copy()
 
     assert not np.array_equal(rows(1), rows(6))
 
