@@ -65,7 +65,7 @@ LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 10, 500, 63
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=60, help="of each way")
-    parser.add_argument("--steps", type=int, default=3, help="of a turn")
+    parser.add_argument("--steps", type=int, help="of a turn (default: 3); with --once: that count (default: 20)")
     parser.add_argument("--threads", type=int, help="that compute; default: torch's choice, one a core")
     parser.add_argument("--once", action="store_true", help="a few steps of the trainer on one batch")
     arguments = parser.parse_args()
@@ -74,20 +74,20 @@ def main() -> None:
         loader.THREADS = arguments.threads
     with tempfile.TemporaryDirectory() as folder:
         if arguments.once:
-            print(json.dumps(once(Path(folder))))
+            print(json.dumps(once(arguments.steps or ONCE, Path(folder))))
             return
-        found = measure(arguments.turns, arguments.steps, Path(folder))
+        found = measure(arguments.turns, arguments.steps or 3, Path(folder))
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps(known | {f"{found['threads']} threads": found}, indent=1) + "\n")
     show(found)
 
 
-def once(folder: Path) -> dict[str, float]:
+def once(steps: int, folder: Path) -> dict[str, float]:
     """Median milliseconds of a step of the trainer on one batch that lies in memory."""
-    setting = Setting(folder, WARM + ONCE + 2)
+    setting = Setting(folder, WARM + steps + 2)
     resident = setting.driven("resident", setting.driven("trainer").items()[0])
-    resident.steps = ONCE
-    resident.trainer.fit(stop_after=resident.warm + ONCE + 1)
+    resident.steps = steps
+    resident.trainer.fit(stop_after=resident.warm + steps + 1)
     return {"milliseconds a step": 1e3 * statistics.median(resident.turns[0][1:])}
 
 

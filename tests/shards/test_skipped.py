@@ -10,6 +10,7 @@ import pytest
 
 from contrastive.cli import main
 from contrastive.shards import Filters, make_shards, on_processes, open_index, open_source
+from contrastive.shards.decode import MAX_PIXELS
 
 from .conftest import encoded
 
@@ -118,7 +119,7 @@ def test_verify_finds_images_that_training_would_not_decode(tmp_path: Path, dama
         frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
         frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], duration=100)
     elif damage == "huge":
-        Image.new("1", (6000, 6000)).save(buffer, "PNG")
+        Image.new("1", (MAX_PIXELS // 4000 + 1, 4000)).save(buffer, "PNG")
     data = encoded(1, format="JPEG")[:-300] if damage == "cut" else buffer.getvalue()
     reason = {"cut": "truncated or damaged", "animated": "animated", "huge": "too many pixels"}[damage]
     pq.write_table(pa.table({"image": [encoded(), data], "caption": ["a", "b"]}), tmp_path / "x.parquet")
