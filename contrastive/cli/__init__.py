@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 2 for the user's mistake, 1 for a fault, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     # One line a warning: the place in our code says nothing to whoever typed a command.
+    if hasattr(sys.stdout, "reconfigure"):  # a name that is not UTF-8 must not end a run after all the work
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         if not argv or argv[0].startswith("-"):

@@ -6,14 +6,14 @@ import argparse
 import sys
 from typing import Any
 
-from contrastive.cli.images import check_model, open_arguments
+from contrastive.cli.data import open_data
 from contrastive.cli.label_files import read_class_names, read_labels
 from contrastive.cli.output import (
     add_image_arguments,
     add_output_arguments,
+    add_split_argument,
     check_output,
     guess_rows,
-    one_split,
     print_left_out,
     rows_in_order,
     write_rows,
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="none (default), general, openai7, openai80, a file with one a line, with {}, or .json: label -> prompts",
     )
+    add_split_argument(parser, "--validation-split", "the set of --validation")
     parser.add_argument("--class-names", metavar="FILE", help="names for the class folders of --validation")
     parser.add_argument("--validation", metavar="DATA", help="labelled images: calibrate the probabilities on them")
     parser.add_argument(
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from contrastive.cli.images import check_model, open_arguments
     from contrastive.errors import UserError
     from contrastive.evaluation import embed
     from contrastive.evaluation.labels import check_several
@@ -72,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     check_output("--output", args.output)
     check_output("--save", args.save, makes_folders=True)
     check_model(args.model, args.images)
-    source = one_split(open_arguments(args.images, args.model), args.split)
+    source = open_arguments(args.images, args.model, split=args.split)
+    if args.validation is not None:
+        open_data(args.validation, split=args.validation_split, option="--validation-split")
     model, classifier = _opened(args)
     if not (args.multilabel or args.reject):
         check_several(classifier.classes_.tolist(), ALONE)
@@ -134,7 +138,7 @@ def _fit(args: argparse.Namespace, model: Any, classifier: Any) -> None:
         if args.unknown is not None:
             raise UserError("--unknown: the threshold needs images that have a label too; give --validation DATA")
         return
-    validation = open_labelled(args.validation)
+    validation = open_labelled(open_data(args.validation, split=args.validation_split))
     found = embed(model, validation, text=False, invert=args.invert)
     print_left_out(validation, found.outcomes, "--validation: ")
     if found.labels is None:

@@ -33,15 +33,15 @@ def run(args: argparse.Namespace) -> int:
     import torch
     import torch.distributed as dist
 
+    from contrastive.cli.data import open_data
     from contrastive.cli.images import check_model
     from contrastive.cli.output import check_output_folder, print_left_out
     from contrastive.evaluation import embed
     from contrastive.models import load
-    from contrastive.shards import open_source
 
     check_output_folder("DEST", args.dest)
     check_model(args.model, [args.source])
-    source = open_source(args.source, label=args.label, split=args.split) if args.label or args.split else args.source
+    source = open_data(args.source, label=args.label, split=args.split)
     started = time.perf_counter()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     own_group = ranks > 1 and not dist.is_initialized()

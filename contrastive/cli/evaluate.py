@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from contrastive.cli.output import add_split_argument, one_split
+from contrastive.cli.output import add_split_argument
 
 NAME = "evaluate"
 HELP = "measure a model on a data set (zero-shot, probe, few-shot, kNN, retrieval), or compare two"
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from contrastive.cli.data import open_data
     from contrastive.cli.images import check_model
     from contrastive.cli.output import check_output, check_output_folder
     from contrastive.errors import UserError
@@ -72,12 +73,14 @@ def run(args: argparse.Namespace) -> int:
     check_output("--json", args.json)
     check_output_folder("--output", args.output)
     check_model(args.model, [args.data])
+    data = open_data(args.data, label=args.label, split=args.split)
+    train = open_data(args.train, label=args.label, split=args.train_split, option="--train-split")
     evaluated: list[list[Any]] = []
     hashes = {}
     for path in (args.model, args.model_b) if args.compare else (args.model,):
         model = load(path)
         hashes[str(path)] = model_hash(model)
-        evaluated.append(_evaluate(args, model, tasks))
+        evaluated.append(_evaluate(args, model, tasks, train, data))
     found = evaluated[0]
     results: dict[str, Any] = {"run": str(args.model), "sets": {one.results["name"]: one.results for one in found}}
     results["seconds"] = {one.results["name"]: one.results["seconds"] for one in found}
@@ -104,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str]) -> list[Any]:
+def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str], train: Any, data: Any) -> list[Any]:
     """One evaluation of the labelled set, one of the pairs, or both."""
     from pathlib import Path
 
@@ -125,7 +128,6 @@ def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str]) -> list[An
         "seed": args.seed,
         "examples": 8 if args.output else 0,
     }
-    data = one_split(args.data, args.split, args.label)
     pairs = "retrieval" in tasks and has_captions(data)  # else the prompts of the labels take their place
     labelled = [task for task in tasks if not (task == "retrieval" and pairs)]
     found = []
@@ -135,13 +137,12 @@ def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str]) -> list[An
             evaluate_labelled(
                 model,
                 name,
-                one_split(args.train, args.train_split, args.label),
+                train,
                 data,
                 labelled,
                 args.templates,
                 labels=labels,
                 shots=_shots(args.shots),
-                label=args.label,
                 class_names=None if args.class_names is None else read_class_names(args.class_names),
                 random_model=lambda: reinitialised(model),
                 **shared,

@@ -10,27 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from contrastive.errors import UserError
+from contrastive.shards import open_source
+from contrastive.shards.record import FIRST_BYTES, IMAGE_EXTENSIONS, image_extension
 
 SHOWN = 60  # characters of an argument in a message
 NAME_BYTES = 255  # of one part of a path, on every usual file system
 
 
-def open_arguments(images: Sequence[str], model: str) -> Any:
+def open_arguments(images: Sequence[str], model: str, *, split: str | None = None) -> Any:
     """The images as `embed` takes them: a source, or a list of files, with keys as they were typed.
 
     One folder, table, set of shards or pattern is a source of its own. Several arguments are image files, patterns and
-    folders of images.
+    folders of images. split: of one folder or table that holds several.
 
     Raises `UserError` for what is none of these (a URL, a data URI, standard input, a model), with the remedy.
     """
     for one in images:
         _check(one, model)
-    if len(images) == 1:
-        found = _matches(images[0])
-        if found is None:
-            return images[0] if _is_many(images[0]) else [images[0]]
-        return found if all(_is_picture(file) for file in found) else images[0]
-    return Several(images)
+    if len(images) > 1 and split is not None:
+        raise UserError(f"--split {split}: several images are named; name one folder or table that holds splits")
+    if len(images) > 1:
+        return Several(images)
+    found = [images[0]] if os.path.lexists(images[0]) else sorted(glob.glob(images[0], recursive=True))
+    if split is None and found and all(_is_picture(file) for file in found):
+        return found  # as a shell lists them
+    return open_source(images[0], split=split)
 
 
 class Several(list[str]):
@@ -44,8 +48,6 @@ class Several(list[str]):
             self.extend(self._folder(one) if os.path.isdir(one) else _matches(one) or [one])
 
     def _folder(self, folder: str) -> list[str]:
-        from contrastive.shards import open_source
-
         source = open_source(folder)
         if source.kind != "images":
             raise UserError(f"{folder}: holds {source.kind}; give folders of tables or shards one at a time")
@@ -83,7 +85,7 @@ def _check(one: str, model: str) -> None:
         raise UserError(f"IMAGES: {shown}: a model, and {model} is none; the order is MODEL IMAGES")
     if _is_model(one):
         raise UserError(f"IMAGES: {shown}: a model folder; name images, a folder, a table or shards")
-    if path.is_file() and path.suffix.lower() in (".txt", ".json", ".pdf", ".zip"):
+    if path.is_file() and path.suffix.lower() in (".txt", ".pdf"):
         raise UserError(
             f"IMAGES: {shown}: a {path.suffix} file, no image; name images, a folder, a table (.csv, .tsv, .jsonl, "
             ".parquet) or .tar shards"
@@ -99,14 +101,9 @@ def _matches(pattern: str) -> list[str] | None:
     return sorted(glob.glob(pattern, recursive=True))
 
 
-def _is_many(one: str) -> bool:
-    """Whether a single argument is a source of its own, or at least no picture."""
-    return not os.path.isfile(one) or not _is_picture(one)
-
-
 def _is_picture(file: str) -> bool:
-    from contrastive.shards.record import FIRST_BYTES, IMAGE_EXTENSIONS, image_extension
-
+    if os.path.isdir(file):
+        return False
     if Path(file).suffix[1:].lower() in IMAGE_EXTENSIONS:
         return True
     try:

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from contrastive.errors import UserError
-from contrastive.printable import printable
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,17 +33,6 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 def add_split_argument(parser: argparse.ArgumentParser, option: str = "--split", of: str = "the images") -> None:
     """`--split`, and the like of it for a second set."""
     parser.add_argument(option, metavar="NAME", help=f"of {of}: the split to read where a folder holds several")
-
-
-def one_split(path: Any, split: str | None, label: str | None = None) -> Any:
-    """The path as it is, or opened at a split of it."""
-    from contrastive.shards import open_source
-
-    if split is None:
-        return path
-    if not isinstance(path, str):
-        raise UserError(f"split {split}: of which set? Give one folder or file for it, or leave the split out")
-    return open_source(path, split=split, label=label)
 
 
 def check_output(option: str, path: str | None, *, makes_folders: bool = False) -> None:
@@ -120,15 +107,8 @@ def rows_in_order(
         own = [blank]
         if outcome.reason is None:
             own, read = of_image(read) or own, read + 1
-        rows += [{"image": shown_key(outcome), **one, "error": outcome.fault} for one in own]
+        rows += [{"image": outcome.name, **one, "error": outcome.fault} for one in own]
     return rows
-
-
-def shown_key(outcome: Any) -> str:
-    """What an image is called: its key, or for a row of a table that has none of its own, where it stands."""
-    if outcome.place is not None and re.fullmatch(r"\d{9}", outcome.key):
-        return printable(str(outcome.place))
-    return str(outcome.key)
 
 
 def print_left_out(source: Any, outcomes: Sequence[Any], what: str = "") -> None:
@@ -142,7 +122,7 @@ def print_left_out(source: Any, outcomes: Sequence[Any], what: str = "") -> None
         first = {outcome.reason: outcome for outcome in reversed(failures)}
         counts = Counter(outcome.reason for outcome in failures).most_common()
         reasons = ", ".join(
-            f"{count:,} × {reason} ({'first ' if count > 1 else ''}{shown_key(first[reason])}"
+            f"{count:,} × {reason} ({'first ' if count > 1 else ''}{first[reason].name}"
             f"{': ' + first[reason].detail if first[reason].detail else ''})"
             for reason, count in counts
         )

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from contrastive.cli.images import check_model, open_arguments
+from contrastive.cli.data import open_data
 from contrastive.cli.label_files import read_class_names
 from contrastive.cli.output import (
     add_image_arguments,
@@ -14,7 +14,6 @@ from contrastive.cli.output import (
     add_split_argument,
     check_output,
     guess_rows,
-    one_split,
     print_left_out,
     write_rows,
 )
@@ -60,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
 def _fit(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from contrastive.cli.images import check_model
     from contrastive.evaluation import probe_with_controls
     from contrastive.evaluation.belonging import identity_of
     from contrastive.models import load, reinitialised
@@ -67,17 +67,18 @@ def _fit(args: argparse.Namespace) -> int:
     check_output("OUTPUT", args.output, makes_folders=True)
     check_model(args.model, [args.train])
     class_names = None if args.class_names is None else read_class_names(args.class_names)
+    train = open_data(args.train, label=args.label, split=args.split)
+    test = open_data(args.test, label=args.label, split=args.test_split, option="--test-split")
     strengths, shares = _strengths(args.C), _shares(args.partial)
     model = load(args.model)
     outcome = probe_with_controls(
         model,
-        one_split(args.train, args.split, args.label),
-        one_split(args.test, args.test_split, args.label),
+        train,
+        test,
         lambda: reinitialised(model, args.seed),
         C=strengths,
         partial=shares,
         features=args.features,
-        label=args.label,
         class_names=class_names,
         class_weight=args.class_weight,
         invert=args.invert,
@@ -144,6 +145,7 @@ def _numbers(option: str, text: str, wanted: str) -> list[float]:
 
 
 def _predict(args: argparse.Namespace) -> int:
+    from contrastive.cli.images import open_arguments
     from contrastive.errors import UserError
     from contrastive.evaluation import LinearProbe, embed
     from contrastive.evaluation.belonging import check_belongs
@@ -157,7 +159,7 @@ def _predict(args: argparse.Namespace) -> int:
     path = args.model or saved.get("model")
     if path is None:
         raise UserError(f"{args.probe} does not say which model it belongs to; name it with --model")
-    source = one_split(open_arguments(args.images, path), args.split)
+    source = open_arguments(args.images, path, split=args.split)
     model = load(path)
     check_belongs(args.probe, saved, model, remedy="name its own model with --model, or fit again")
     found = embed(

@@ -40,13 +40,13 @@ class Outcome(NamedTuple):
     """What became of one item of a source.
 
     reason: why it was left out, to be counted; None for one that has a row. detail: the value that this is about, such
-    as a path or a size. place: file and line of the item's row in a table, where that is known.
+    as a path or a size. name: what to call it, the key where it says something.
     """
 
     key: str
     reason: str | None = None
     detail: str | None = None
-    place: str | None = None
+    name: str = ""
 
     @property
     def fault(self) -> str:
@@ -226,7 +226,7 @@ def check_readable(source: Images, outcomes: Sequence[Outcome], limit: float) ->
     """Raises `UserError`, with the commonest reasons and a few keys, when too large a share could not be read."""
     total, failures = len(outcomes), [one for one in outcomes if one.reason is not None]
     if len(failures) == total:
-        shown = ", ".join(f"{one.key}: {one.fault}" for one in failures[:3])
+        shown = ", ".join(f"{one.name}: {one.fault}" for one in failures[:3])
         reasons = f"none of the {total} images can be read ({shown})" if failures else "there is no image"
         raise UserError(f"{_name(source)}: {reasons}")
     if len(failures) > limit * total:
@@ -234,7 +234,7 @@ def check_readable(source: Images, outcomes: Sequence[Outcome], limit: float) ->
         reasons = ", ".join(f"{count} × {reason}" for reason, count in counts.most_common(3))
         raise UserError(
             f"{_name(source)}: {len(failures)} of {total} images cannot be read ({reasons}; first "
-            f"{failures[0].key}), the limit is {limit:.1%}; mend them or raise the limit"
+            f"{failures[0].name}), the limit is {limit:.1%}; mend them or raise the limit"
         )
 
 
@@ -317,13 +317,13 @@ def extract_items(
         images = []
         for record, image, content in batch:
             digest.update(content)
-            key = printable(record.key)
+            key, name = printable(record.key), printable(record.name or record.key)
             if isinstance(image, Rejected):
                 detail = image.detail or record.detail
-                outcomes.append(Outcome(key, image.reason, detail and printable(detail), record.place))
+                outcomes.append(Outcome(key, image.reason, detail and printable(detail), name))
                 failures[key] = image.reason
                 continue
-            outcomes.append(Outcome(key, place=record.place))
+            outcomes.append(Outcome(key, name=name))
             images.append(ImageOps.invert(image) if invert else image)
             kept.append(Record(key, None, record.captions, class_label(record.label)))
         if images:

@@ -119,7 +119,7 @@ def embed_stored(
         for key, label, captions, reason in every
         if reason is None
     ]
-    outcomes = [Outcome(printable(key), reason) for key, _, _, reason in every]
+    outcomes = [Outcome(printable(key), reason, name=printable(key)) for key, _, _, reason in every]
     failures = {one.key: one.reason for one in outcomes if one.reason is not None}
     read = np.array([reason is None for *_, reason in every], dtype=bool)
     content = _digest(*(part["content"].encode() for part in found))

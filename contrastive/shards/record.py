@@ -21,6 +21,7 @@ class Record:
     fault: why the source could not give this row, to be counted; None for all others.
     detail: the value that the fault is about, such as the path that was looked for; None without a fault.
     place: the file and the line (text) or row (Parquet, Arrow) that the record was read from; None where not known.
+    name: what to call the record where its key is a bare number: the path in its row, or its place; else None.
     """
 
     key: str
@@ -31,6 +32,7 @@ class Record:
     fault: str | None = None
     detail: str | None = None
     place: str | None = None
+    name: str | None = field(default=None, compare=False)
 
     @property
     def image_fault(self) -> str | None:

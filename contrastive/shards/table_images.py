@@ -181,3 +181,13 @@ def _unpacked(text: str) -> bytes:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except binascii.Error as fault:
         raise ValueError(str(fault)) from None
+
+
+def path_of(value: Any) -> str | None:
+    """The path in an image cell as it is written; None where the cell holds the image itself, or nothing."""
+    if isinstance(value, dict):
+        value = value.get("path")
+    if not isinstance(value, str) or len(value) > LONGEST_DETAIL or value[:5].lower() == "data:":
+        return None
+    text = value.strip()
+    return text if "." in text and text.isprintable() else None  # base64 has no dot

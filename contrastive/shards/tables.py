@@ -15,7 +15,7 @@ import numpy as np
 from contrastive.errors import UserError
 from contrastive.shards.grouping import Layout, joined, merge_more, roles_of
 from contrastive.shards.record import APART, BEFORE, OWN, Part, Record, Segment, Source
-from contrastive.shards.table_images import ImageReader, image_name
+from contrastive.shards.table_images import ImageReader, image_name, path_of
 from contrastive.shards.table_values import captions_of, is_listed, is_utf8, label_of
 
 IMAGE_NAMES = (
@@ -214,6 +214,7 @@ class TableSource(Source):
         if reader is None or reader.allow_outside != self.allow_outside:
             reader = self._readers[file] = ImageReader(self.files[file].parent, self.allow_outside)
         key = row.get("key")
+        place = f"{self.files[file]}: {self.unit} {at}"
         image, fault, detail = reader.read(row.get(self.image_column))  # type: ignore[arg-type]
         captions, wrong, about = self._captions(row)
         label, odd = self._label(file, row)
@@ -230,7 +231,8 @@ class TableSource(Source):
             meta=meta,
             fault=fault,
             detail=detail,
-            place=f"{self.files[file]}: {self.unit} {at}",
+            place=place,
+            name=(path_of(row.get(str(self.image_column))) or place) if key in (None, "") else None,
         )
 
     def _captions(self, row: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None, str | None]:
