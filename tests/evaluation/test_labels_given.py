@@ -1,6 +1,7 @@
 """Labels as users give them to the API: the right answer, or one line with name, value and remedy."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -300,8 +301,10 @@ def test_an_evaluation_names_the_classes(tmp_path):
 
 
 def test_one_class_is_refused_by_zero_shot(model, labelled):
-    with pytest.raises(UserError, match="the only one"):
-        evaluate_labelled(model, "one", None, labelled / "red", ["zeroshot"], labels=["red"])
+    for name in NAMES[1:]:
+        shutil.rmtree(labelled / name)
+    with pytest.raises(UserError, match="'red' is the only one.*at least two classes"):
+        evaluate_labelled(model, "one", None, labelled, ["zeroshot"])
 
 
 def test_labels_that_differ_in_case_alone_are_remarked(model, labelled, tmp_path):
