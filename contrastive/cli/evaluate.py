@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     from contrastive.cli.data import open_data
     from contrastive.cli.images import check_model
+    from contrastive.cli.label_files import read_class_names, read_labels
     from contrastive.cli.output import check_output, check_output_folder
     from contrastive.errors import UserError
     from contrastive.evaluation import compare, format_results_table, model_hash, reader_warnings
@@ -73,6 +74,11 @@ def run(args: argparse.Namespace) -> int:
     check_output("--json", args.json)
     check_output_folder("--output", args.output)
     check_model(args.model, [args.data])
+    asked = {  # all that can be wrong is read before a model is opened
+        "labels": read_labels(args.labels, args.labels_file) if args.labels or args.labels_file else None,
+        "class_names": None if args.class_names is None else read_class_names(args.class_names),
+        "shots": _shots(args.shots),
+    }
     data = open_data(args.data, label=args.label, split=args.split)
     train = open_data(args.train, label=args.label, split=args.train_split, option="--train-split")
     evaluated: list[list[Any]] = []
@@ -80,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.model, args.model_b) if args.compare else (args.model,):
         model = load(path)
         hashes[str(path)] = model_hash(model)
-        evaluated.append(_evaluate(args, model, tasks, train, data))
+        evaluated.append(_evaluate(args, model, tasks, train, data, asked))
     found = evaluated[0]
     results: dict[str, Any] = {"run": str(args.model), "sets": {one.results["name"]: one.results for one in found}}
     results["seconds"] = {one.results["name"]: one.results["seconds"] for one in found}
@@ -107,13 +113,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str], train: Any, data: Any) -> list[Any]:
+def _evaluate(
+    args: argparse.Namespace, model: Any, tasks: list[str], train: Any, data: Any, asked: dict[str, Any]
+) -> list[Any]:
     """One evaluation of the labelled set, one of the pairs, or both."""
     from pathlib import Path
 
     import torch
 
-    from contrastive.cli.label_files import read_class_names, read_labels
     from contrastive.evaluation import evaluate_labelled, evaluate_pairs, has_captions
     from contrastive.models import reinitialised
     from contrastive.printable import printable
@@ -132,7 +139,6 @@ def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str], train: Any
     labelled = [task for task in tasks if not (task == "retrieval" and pairs)]
     found = []
     if labelled:
-        labels = read_labels(args.labels, args.labels_file) if args.labels or args.labels_file else None
         found.append(
             evaluate_labelled(
                 model,
@@ -141,10 +147,8 @@ def _evaluate(args: argparse.Namespace, model: Any, tasks: list[str], train: Any
                 data,
                 labelled,
                 args.templates,
-                labels=labels,
-                shots=_shots(args.shots),
-                class_names=None if args.class_names is None else read_class_names(args.class_names),
                 random_model=lambda: reinitialised(model),
+                **asked,
                 **shared,
             )
         )

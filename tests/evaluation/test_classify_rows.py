@@ -337,7 +337,7 @@ def test_splits_are_asked_for_and_taken(saved, hub, here, capsys):
     assert "--train-split" in asked
     options = ("--split", "test", "--train", hub, "--train-split", "train", "--tasks", "zeroshot,probe,knn")
     assert command("evaluate", saved, hub, *options, "--json", "r.json") == 0
-    results = json.loads((here / "r.json").read_text())["sets"]["hub"]
+    (results,) = json.loads((here / "r.json").read_text())["sets"].values()
     assert results["samples"] == 24 and results["probe"]["train_size"] == 24
     options = ("--split", "train", "--test", hub, "--test-split", "test", "--C", "1")
     assert command("probe", "fit", saved, hub, "p.safetensors", *options) == 0
