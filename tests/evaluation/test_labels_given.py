@@ -42,7 +42,7 @@ def one_line(raised):
     return str(raised.value)
 
 
-@pytest.mark.parametrize("value", MISSING, ids=repr)
+@pytest.mark.parametrize("value", MISSING)
 @pytest.mark.parametrize("box", [list, tuple, lambda y: np.array(y, dtype=object)], ids=["list", "tuple", "array"])
 def test_a_missing_label_is_named_by_its_row(value, box):
     labels = [*TEXTS[:5], value, *TEXTS[6:]]
@@ -162,7 +162,6 @@ def test_places_are_those_of_a_list(numbers):
         (np.array([["cat", "dog"]]), "shape"),
         ([], "there is none"),
     ],
-    ids=str,
 )
 def test_labels_of_a_classifier_that_cannot_be_meant_are_one_line(labels, message):
     with pytest.raises(UserError, match=message) as raised:
