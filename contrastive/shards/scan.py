@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from contrastive.shards.listing import is_hidden
 from contrastive.shards.record import (
-    FIRST_BYTES,
     IMAGE_EXTENSIONS,
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
@@ -93,23 +92,25 @@ def scan_shard(path: Path) -> Scan:
     _join_cases(samples)
     with open(path, "rb") as file:
         for key, parts in samples.items():
-            image, text, info = (parts.get(kind, _NONE) for kind in ("image", "txt", "json"))
+            image, text, info = parts.get("image", _NONE), parts.get("txt", _NONE), parts.get("json", _NONE)
+            data = b"" if image.size > MAX_IMAGE_BYTES else os.pread(file.fileno(), image.size, image.offset)
             reason, caption = "caption of several images" if "second" in parts else "", ""
             if not reason:
-                reason, caption = _look(file.fileno(), image, text, info)
+                reason, caption = _look(file.fileno(), image, data, text, info)
             if reason:
                 found.rejected.append((key, reason))
                 continue
             offsets, sizes = (image.offset, text.offset, info.offset), (image.size, text.size, info.size)
-            data = os.pread(file.fileno(), image.size, image.offset)
             found.rows.append(Row(key, offsets, sizes, caption_id(caption), quick_image_id(data)))
     found.sha256 = sha256_of(path)
     return found
 
 
 def _add(found: Scan, samples: dict[str, dict[str, Member]], key: str, kind: str, member: Member) -> None:
-    parts = samples.setdefault(key, {})
-    if kind not in parts:
+    parts = samples.get(key)
+    if parts is None:
+        samples[key] = {kind: member}
+    elif kind not in parts:
         parts[kind] = member
     elif kind == "image" and _extension(member.name) != _extension(parts[kind].name):
         parts["second"] = member  # cat.jpg and cat.png: which one the caption is of, nobody can tell
@@ -182,7 +183,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _look(file: int, image: Member, text: Member, info: Member) -> tuple[str, str]:
+def _look(file: int, image: Member, data: bytes, text: Member, info: Member) -> tuple[str, str]:
     """Why a sample is no pair ("" if it is one), and its caption."""
     if image is _NONE or (text is _NONE and info is _NONE):
         return ("no image" if image is _NONE else "no caption"), ""
@@ -198,12 +199,12 @@ def _look(file: int, image: Member, text: Member, info: Member) -> tuple[str, st
             return "caption not UTF-8", ""
         if not caption:
             return "empty caption", ""
-    if image_extension(os.pread(file, FIRST_BYTES, image.offset)) is None:
+    if image_extension(data) is None:
         return "not an image", ""
-    data = os.pread(file, info.size, info.offset)
-    if data and (fault := json_fault(data)):
+    more = os.pread(file, info.size, info.offset) if info.size else b""
+    if more and (fault := json_fault(more)):
         return fault, ""
-    return ("", caption) if caption else _of_json(data)
+    return ("", caption) if caption else _of_json(more)
 
 
 def caption_text(data: bytes) -> str:
@@ -261,10 +262,10 @@ def caption_id(caption: str) -> int:
 
 
 def quick_image_id(data: bytes) -> int:
-    """A 64-bit signed hash of an image file's size, its first and last KiB and the CRC of all of it.
+    """A 64-bit signed hash of an image file's size, its first and last 256 bytes and the CRC of all of it.
 
     Equal files have equal ids. Files that differ have equal ones in one of 2^32 cases at most, and only where size,
     beginning and end are the same. BLAKE2 of all bytes (`filters.image_id`) makes indexing a half slower.
     """
-    ends = b"%d %d " % (len(data), zlib.crc32(data)) + data[:1024] + data[-1024:]
+    ends = b"%d %d " % (len(data), zlib.crc32(data)) + data[:256] + data[-256:]
     return int.from_bytes(hashlib.blake2b(ends, digest_size=8).digest(), "little", signed=True)

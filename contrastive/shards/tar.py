@@ -8,6 +8,7 @@ what a shard has no use for and an attacker has: links, devices, sparse files, n
 import os
 import re
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,11 +134,16 @@ def _checksum_good(header: bytes) -> bool:
     except ValueError:
         return False
     field = header[148:156]  # counts as eight spaces
-    total = sum(header) - sum(field) + 256
+    total = _sum(header[:256]) + _sum(header[256:]) - sum(field) + 256
     if stored == total:
         return True
     signed = sum(byte > 127 for byte in header) - sum(byte > 127 for byte in field)
     return stored == total - 256 * signed  # old writers summed signed bytes
+
+
+def _sum(data: bytes) -> int:
+    """The sum of at most 256 bytes: Adler-32 holds it plus one, and is eight times as fast as `sum`."""
+    return (zlib.adler32(data) & 0xFFFF) - 1
 
 
 def _number(path: Path, at: int, field: bytes) -> int:
@@ -150,8 +156,8 @@ def _number(path: Path, at: int, field: bytes) -> int:
 
 
 def _name(header: bytes) -> str:
-    name = header[:100].split(b"\0")[0]
-    prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    name = header[:100].partition(b"\0")[0]
+    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
     return _text(prefix + b"/" + name if prefix else name)
 
 
