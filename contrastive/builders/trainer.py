@@ -48,6 +48,7 @@ from contrastive.training import (
     check_trackers,
     shard,
 )
+from contrastive.training.compiling import compile_towers
 from contrastive.training.curriculum import Settings
 from contrastive.training.launcher_settings import check_launcher_settings, notes_on_settings
 from contrastive.training.memory import keep_freed_memory
@@ -142,6 +143,8 @@ def build_trainer(
     duration = build_duration(config, data.epoch_size)
     curriculum = build_curriculum(config, model, duration, data.epoch_size)
     model.to(accelerator.device)
+    if config.train.compile == "towers":
+        compile_towers(model)
 
     def make_loader(start_step: int, stage: Settings = curriculum.last) -> PairLoader | FeatureLoader:
         place: dict[str, Any] = {"global_batch": batch, "rank": accelerator.process_index, "world": world}

@@ -30,6 +30,7 @@ def impossible_combinations(config: Config) -> Iterator[Problem]:
     yield from _cached_features(config)
     yield from _evaluation(config)
     yield from _sharding(config)
+    yield from _compiling(config)
     yield from curriculum_problems(config)
     yield from keys_without_effect(config)
 
@@ -198,3 +199,20 @@ def _sharding(config: Config) -> Iterator[Problem]:
     for key in (key for key, wrong in unfit.items() if wrong):
         line = f"{key}: does not go with train.sharding fsdp; leave one of them out"
         yield (key, "train.sharding"), line
+
+
+def _compiling(config: Config) -> Iterator[Problem]:
+    """What has not been made to work, and tested, with compiled towers; and where there is nothing to compile."""
+    if config.train.compile == "none":
+        return
+    if config.model.image.locked and config.model.text.locked:
+        line = "train.compile: towers does nothing with both towers locked, which run as in use; set it to none"
+        yield ("train.compile", "model.image.locked", "model.text.locked", "data.cache"), line
+    unfit = {
+        "train.sharding": config.train.sharding != "none",
+        "train.gradient_checkpointing": config.train.gradient_checkpointing,
+        "track.mfu": config.track.mfu,
+    }
+    for key in (key for key, wrong in unfit.items() if wrong):
+        line = f"{key}: does not go with train.compile towers; leave one of them out"
+        yield (key, "train.compile"), line

@@ -323,6 +323,11 @@ class TrainConfig(Block):
         description="compile the tiles of a softmax loss for this CPU (once, ten seconds, wants a C++ compiler and "
         "ninja): a loss of large batches takes about a tenth less time, with the same gradient to rounding",
     )
+    compile: Literal["none", "towers"] = Field(
+        "none",
+        description="towers: both through torch.compile in training (a minute or more at the start and for each new "
+        "size, wants a C++ compiler on a CPU), with the same loss to rounding",
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 where supported")
     sharding: Literal["none", "fsdp"] = Field(
         "none",

@@ -45,7 +45,7 @@ SETTINGS: Mapping[str, Refused | Harmless] = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": Refused(
         "train.chunk takes a batch of any size through little memory, with the gradient of the whole", OFF | {"1"}
     ),
-    "ACCELERATE_DYNAMO_BACKEND": Refused("leave the backend out; a recipe trains without it"),
+    "ACCELERATE_DYNAMO_BACKEND": Refused("train.compile: towers compiles both towers"),
     "ACCELERATE_USE_FSDP": Refused(_SHARDING),
     "ACCELERATE_USE_DEEPSPEED": Refused(_SHARDING),
     "ACCELERATE_USE_MEGATRON_LM": Refused(_SHARDING),
