@@ -1,4 +1,4 @@
-"""Is this checkout slower than another one? Runs a benchmark of both in turns, and prints the ratios with an interval.
+"""Compares the speed of this checkout with another one: runs a benchmark of both in turns and prints the ratios.
 
     git worktree add /tmp/before COMMIT
     python benchmarks/against.py /tmp/before -- benchmarks/making.py --once copy
@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST = 20.0  # seconds of a run: within longer ones the pace of a shared machine changes
 
 
 class Ratio(NamedTuple):

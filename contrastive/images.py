@@ -39,7 +39,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def flatten(image: Image.Image) -> Image.Image:
     """`to_rgb` without turning; `image` itself where it is RGB already."""
-    key = _Key(image)  # before loading: what Pillow forgets then
+    key = _Key(image)  # before loading, when Pillow drops what it needs
     image.load()
     if key:
         return key.over_white(image)
@@ -142,7 +142,7 @@ def _deep(image: Image.Image) -> np.ndarray:
         if image.mode == "I" and tags.get(339, (2,)) == (1,):
             values = values.view(np.uint32)  # unsigned in the file, read as signed
         grey = _scaled(values)
-    # Pillow turns white-is-zero round for 8 bits only
+    # Pillow inverts white-is-zero pictures of 8 bits only
     return ~grey if tags.get(262) == 0 else grey
 
 

@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# Answers of file systems that have no locks (some network and user-space ones).
+# Errors of file systems without locks (some network and user-space ones).
 NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL", "EBADF")}
 TRIES = 100  # a lock file that its holder removes between our open and our lock is opened again
 
@@ -45,7 +45,7 @@ def only_one(path: Path, say: Callable[[str], None] | None = None) -> Iterator[N
     """Hold the lock of `path` during the block; never wait for it.
 
     Args:
-        path: a folder that exists; or a file, which is made, names this process, and goes with the block.
+        path: a folder that exists; or a file, which is made, names this process, and is deleted after the block.
         say: takes one line where the file system has no locks; the block runs all the same. None prints it.
 
     Raises:

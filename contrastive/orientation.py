@@ -1,4 +1,4 @@
-"""Which way up a picture is: the Orientation tag of EXIF, and turning by it.
+"""The orientation of a picture: the tag of EXIF, and turning by it.
 
 A camera stores the rows as its sensor gives them, with a number from 1 (as stored) to 8 that says how to turn them.
 """
@@ -53,7 +53,7 @@ def turned_size(width: int, height: int, orientation: int) -> tuple[int, int]:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """From 1 to 8, of what Pillow gives as the pixels of an image; 1 where nothing is said that can be read.
+    """The orientation, 1 to 8, of the pixels that Pillow gives; 1 where there is no tag that can be read.
 
     A PNG may hold its EXIF after its pixels, and Pillow turns a TIFF while it loads: load the image first.
     """
@@ -123,7 +123,7 @@ def xmp_orientation(block: bytes | str) -> int | None:
 
 
 def jpeg_orientation(data: bytes | memoryview) -> int:
-    """From 1 to 8, told from the segments before a JPEG's pixels: no image library is asked."""
+    """The orientation, 1 to 8, read from the segments before a JPEG's pixels, without an image library."""
     at, end = 2, len(data) - 4
     exif, xmp = b"", b""
     while at <= end:
@@ -134,7 +134,7 @@ def jpeg_orientation(data: bytes | memoryview) -> int:
         if marker == 0xE1:
             body = bytes(data[at + 4 : at + 2 + (data[at + 2] << 8 | data[at + 3])])
             if body.startswith(b"Exif\0\0"):
-                exif += body[6:] if exif else body  # one that is longer than a segment goes on in the next
+                exif += body[6:] if exif else body  # a block longer than a segment continues in the next
             elif not xmp and body.startswith(_XMP_MARK):
                 xmp = body
         elif marker == 0xDA:

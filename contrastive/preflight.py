@@ -53,7 +53,7 @@ def only_run(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
-    """What `action` returns, or raises as a UserError or OSError, on the main process: the same on all of them."""
+    """The result of `action` on the main process, or its UserError or OSError: the same on all processes."""
     outcome: list[tuple[Result | None, UserError | None]] = []
     if accelerator.is_main_process:
         try:
@@ -80,7 +80,7 @@ def find_start(folder: RunFolder, accelerator: Accelerator, *, resume: Resume, o
 
 
 def _find_start(folder: RunFolder, resume: Resume, overwrite: bool) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and what is wrong with newer ones."""
+    """The checkpoint to resume from, and the faults of newer ones."""
     saved = bool(list_checkpoints(folder.checkpoints))
     if not (resume and saved):  # checkpoints alone, as copied from elsewhere, can be resumed from
         folder.check_new()
@@ -168,9 +168,9 @@ def repeated_content(key: str, data: Mixture | ShardIndex) -> Iterator[str]:
         shares = np.bincount(inverse.ravel(), weights) / weights.sum()
         most = int(shares.argmax())
         if len(found) < len(ids) and shares[most] >= NEARLY_ALL:
-            text = data.caption(int(first[most])) if what == "caption" else f"that of {data.key(int(first[most]))}"
+            text = data.caption(int(first[most])) if what == "caption" else f"the image of {data.key(int(first[most]))}"
             text = text if len(text) <= 60 else text[:57] + "..."
             yield (
-                f"warning: {key}: {shares[most]:.1%} of the pairs have the same {what}, {text!r}; equal pairs are not "
-                "told apart, so that a loss of 0 or an accuracy of 100% means nothing here"
+                f"warning: {key}: {shares[most]:.1%} of the pairs have the same {what}, {text!r}; equal pairs are no "
+                "negatives of each other, so that a loss of 0 or an accuracy of 100% means nothing here"
             )

@@ -69,13 +69,14 @@ def build_accelerator(config: Config) -> Accelerator:
     Sets the process up for it too: `train.threads`, and on a CPU freed memory is kept, see `keep_freed_memory`.
 
     Raises:
-        UserError: the precision is not to be had on this device, a tracker is not installed, or the environment has
-            settings that would change the run, see `check_launcher_settings`.
+        UserError: the device does not have the precision, a tracker is not installed, or the environment has settings
+            that would change the run, see `check_launcher_settings`.
     """
     check_launcher_settings()
     precision = config.train.precision
-    told = parse_flag_from_env("ACCELERATE_USE_CPU") and torch.accelerator.is_available()  # `accelerate launch --cpu`
-    on_cpu = told or not torch.accelerator.is_available()
+    # `accelerate launch --cpu` sets it
+    cpu_asked = parse_flag_from_env("ACCELERATE_USE_CPU") and torch.accelerator.is_available()
+    on_cpu = cpu_asked or not torch.accelerator.is_available()
     if precision == "auto":
         precision = "bf16" if on_cpu or torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and on_cpu:
@@ -91,7 +92,7 @@ def build_accelerator(config: Config) -> Accelerator:
             # Without this, accelerate takes the ranks of a launcher on a machine without GPUs for lone processes.
             cpu=on_cpu,
             mixed_precision="no" if precision == "fp32" else precision,
-            # Both would come from the environment else, see `launcher_settings`.
+            # Without these two, accelerate takes them from the environment, see `launcher_settings`.
             dynamo_backend="no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=list(config.track.trackers) or None,
@@ -110,7 +111,7 @@ def build_accelerator(config: Config) -> Accelerator:
             f"{list(config.track.trackers)}: {reason}"
         ) from None
     check_trackers(accelerator, config.track.trackers)
-    for note in notes_on_settings(precision, told):
+    for note in notes_on_settings(precision, cpu_asked):
         accelerator.print(note, flush=True)
     return accelerator
 

@@ -196,7 +196,7 @@ def _guesses(args: argparse.Namespace, found: Any, classifier: Any) -> list[dict
         probabilities = classifier.predict_proba(found.image, level=args.level)
         names = classifier.level_names(args.level)
         rows = guess_rows(found.outcomes, probabilities, names, args.top_k)
-    else:  # nothing to compare: whether it fits is all there is to say
+    else:  # nothing to compare with, so that there is no probability
         label = str(classifier.classes_[0])
         rows = rows_in_order(
             found.outcomes, lambda row: [{"rank": 1, "label": label, "probability": None}], "probability"

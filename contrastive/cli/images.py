@@ -38,7 +38,7 @@ def open_arguments(images: Sequence[str], model: str, *, split: str | None = Non
 
 
 class Several(list[str]):
-    """Files of several arguments. rejected, notes: as those of a `Source`, of the folders among them."""
+    """Files of several arguments. rejected, notes: see `Source`; the sums over the folders among the arguments."""
 
     def __init__(self, images: Sequence[str]) -> None:
         super().__init__()

@@ -112,7 +112,7 @@ def rows_in_order(
 
 
 def print_left_out(source: Any, outcomes: Sequence[Any], what: str = "") -> None:
-    """What was not read, on the error stream: the remarks of the source, and one line with all reasons."""
+    """Print the images that were not read, on stderr: the remarks of the source, and one line with all reasons."""
     from contrastive.evaluation.remarks import source_remarks
 
     for line in source_remarks(source):

@@ -1,4 +1,4 @@
-"""Which model a classifier or a probe was made with, and whether another one may take its place."""
+"""The model that a classifier or a probe was made with, and the check that a given model is the same."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def check_belongs(what: str, saved: Mapping[str, Any], model: Model, *, remedy: 
 
     Args:
         what: the file, as the error names it.
-        saved: what `identity_of` gave when the file was made. A file from before the preprocessing was saved has the
-            fingerprint alone; a model whose preprocessing is the one of that time still has the same fingerprint.
+        saved: the result of `identity_of` when the file was made. Older files have the fingerprint alone, without the
+            preprocessing; a model with `implied_preprocessing` still has that fingerprint.
         remedy: the end of the error's line.
 
     Raises:

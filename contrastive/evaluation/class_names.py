@@ -17,8 +17,9 @@ def class_name_map(labels: Iterable[str], names: ClassNames, where: str = "class
 
     Args:
         labels: of all sets at hand, as folders or columns spell them.
-        names: label -> name; more than the data has will do. Or a list of names in order of the numbers, for labels
-            that are numbers counted from 0 or from 1; which of the two must follow from the labels.
+        names: label -> name; labels that the data do not have are allowed. Or a list of names in the order of the
+            numbers, for labels that are numbers counted from 0 or from 1. The labels must show which of the two: they
+            hold 0, or the number of names.
         where: what an error begins with.
 
     Raises:

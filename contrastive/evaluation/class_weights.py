@@ -1,4 +1,4 @@
-"""How much each sample counts: weights by class and by sample, as scikit-learn takes them.
+"""Weights of samples, by class and by sample, as scikit-learn takes them.
 
 Legend: N samples, K classes.
 """
@@ -20,7 +20,7 @@ SHOWN = 5
 def sample_weights(
     class_weight: ClassWeight, sample_weight: ArrayLike | None, target_N: NDArray[np.int64], classes_K: NDArray[Any]
 ) -> NDArray[np.float64] | None:
-    """The weight of each sample: that of its class times its own; None where neither is given.
+    """The weight of each sample: the weight of its class times its own; None where neither is given.
 
     class_weight: "balanced" gives N / (K n) to a class of n samples, where N and n add up sample weights; or class ->
         weight, 1 for classes that are not named.

@@ -84,7 +84,7 @@ def load_classifier(path: str | Path, model: Model | str | Path | None = None) -
 
         model = load(model, text=False)
     if model is not None:
-        remedy = "open it beside its own model, or build it again"
+        remedy = "open it with its own model, or build it again"
         check_belongs(f"classifier: {path}", kept["identity"], model, remedy=remedy)
     classifier = ZeroShotClassifier(
         model, labels, templates, aliases=header.get("aliases"), parents=header.get("parents")

@@ -37,10 +37,11 @@ Functions = Mapping[str, Callable[[list[Image.Image]], Any]]
 
 
 class Outcome(NamedTuple):
-    """What became of one item of a source.
+    """The result of reading one item of a source.
 
-    reason: why it was left out, to be counted; None for one that has a row. detail: the value that this is about, such
-    as a path or a size. name: what to call it, the key where it says something.
+    reason: why it was left out, to be counted; None for one that has a row.
+    detail: the value that the reason is about, such as a path or a size.
+    name: for messages: the key, or file and line for a row that is only numbered.
     """
 
     key: str
@@ -234,7 +235,7 @@ def check_readable(source: Images, outcomes: Sequence[Outcome], limit: float) ->
         reasons = ", ".join(f"{count} × {reason}" for reason, count in counts.most_common(3))
         raise UserError(
             f"{_name(source)}: {len(failures)} of {total} images cannot be read ({reasons}; first "
-            f"{failures[0].name}), the limit is {limit:.1%}; mend them or raise the limit"
+            f"{failures[0].name}), the limit is {limit:.1%}; repair them or raise the limit"
         )
 
 

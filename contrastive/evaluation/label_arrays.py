@@ -1,6 +1,6 @@
 """Labels of samples as an array without gaps, and their places among the classes of a classifier.
 
-Every entrance that takes labels calls one of these, so that a label of another type is never counted as wrong.
+Every public function that takes labels calls one of these, so that a label of another type is never counted as wrong.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def label_array(y: ArrayLike | None, name: str) -> NDArray[Any]:
         return found
     if isinstance(plain, np.ndarray) and found.dtype.kind == "U":
         return _with_text(found, name)
-    # A list such as ["cat", nan] becomes the text "nan" in numpy's hands: its items are looked at one by one.
+    # numpy makes the text "nan" of the second item of ["cat", nan]: the items are checked one by one.
     items = _array(plain, object, name)
     return _of_objects(items, name)
 
@@ -85,7 +85,7 @@ def check_rows(labels: Sequence[Any] | NDArray[Any], rows: int, name: str) -> No
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value stands for no label: None, NaN, NaT, pandas' NA, or a text of white space."""
+    """Whether a value means "no label": None, NaN, NaT, pandas' NA, or a text of white space."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return True
     if isinstance(value, str):

@@ -28,7 +28,7 @@ def open_labelled(path: Images, *, label: str | None = None, limit: int | None =
         raise UserError(f"{path}: there is nothing in it")
     if getattr(first, "label", None) is None and getattr(source, "labelled", False):
         raise UserError(
-            f"{path}: {first.key} lies beside the class folders and has no label; move it into one, or away"
+            f"{path}: {first.key} is outside the class folders and has no label; move it into one, or away"
         )
     if getattr(first, "label", None) is None:
         columns = source.columns if isinstance(source, Source) else []

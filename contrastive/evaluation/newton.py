@@ -111,8 +111,9 @@ def newton(batch: Batch, path: Path, tolerance: float, max_iter: int) -> tuple[i
 
 
 def _chances(batch: Batch) -> tuple[Tensor, Tensor]:
-    """p, and p (1 - p) times the sample's weight, in float32: 1 - p from float64, as that of a sure sample is 0 in
-    float32.
+    """p, and p (1 - p) times the sample's weight, in float32.
+
+    1 - p is computed in float64: in float32 it is 0 for a sure sample.
     """
     logits_NK = batch.logits[0, :, :, 0]
     chance_NK = torch.sigmoid(logits_NK) if batch.sigmoid else torch.softmax(logits_NK, dim=1)

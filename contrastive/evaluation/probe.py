@@ -89,7 +89,7 @@ class LinearProbe(Estimator):
         sample_weight: (n,), how much each sample counts; 0 leaves it out.
 
         Raises `UserError` for non-finite features, a missing label, fewer than two classes, a C that is not positive,
-        lengths that differ, and weights that cannot be meant (see `sample_weights`).
+        lengths that differ, and weights that are not valid (see `sample_weights`).
         """
         features = check_features(X)
         labels = check_labels(y, len(features))

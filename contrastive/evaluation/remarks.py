@@ -1,4 +1,4 @@
-"""What a source says of itself, for every command to print: remarks on how it is read, and what it leaves out."""
+"""Remarks on how a source is read and what it leaves out, for every command to print."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def _count_same(ids_B: Tensor, counted_B: Tensor) -> Tensor:
     if ids_B.ndim == 1:
         return equal(ids_B)[1]
     (caption_B, captions_B), (image_B, images_B) = equal(ids_B[:, 0]), equal(ids_B[:, 1])
-    # those with the caption and those with the image, but those with both once
+    # rows with the caption plus rows with the image; rows with both were counted twice
     return captions_B + images_B - equal(caption_B * len(ids_B) + image_B)[1]
 
 

@@ -29,7 +29,7 @@ from contrastive.models.tokenizer import load_tokenizer
 from contrastive.models.two_tower import TwoTower
 from contrastive.preprocessing import Preprocessing, differences
 
-FORMAT = 2  # 2 has a preprocessing that is not the one which format 1 implies; all else is as in 1
+FORMAT = 2  # has a preprocessing other than `implied_preprocessing`, which is the one of format 1; else the same
 IMAGE_TOWERS = {"timm": TimmImageTower}
 TEXT_TOWERS = {"transformer": TransformerTextTower, "huggingface": HuggingFaceTextTower}
 
@@ -67,10 +67,10 @@ class NoTextTower(nn.Module):
 
 
 def describe(model: TwoTower, *, recorded: bool = True) -> dict[str, Any]:
-    """What builds `model` again, weights and tokenizer aside; equal for two models that can share weights.
+    """The description from which `model` is built again, without weights and tokenizer.
 
-    The preprocessing is part of it where it is not the one that a description without any implies: so models from
-    before it was recorded keep their fingerprints.
+    It is equal for two models that can share weights. It holds the preprocessing only where that is not
+    `implied_preprocessing`, so that models from before it was recorded keep their fingerprints.
 
     recorded: False leaves the preprocessing out.
     """
@@ -96,7 +96,7 @@ def describe(model: TwoTower, *, recorded: bool = True) -> dict[str, Any]:
 def implied_preprocessing(model: TwoTower) -> Preprocessing:
     """The preprocessing of a description that has none: CLIP's transform.
 
-    Mean and std stand in the description of a tower of timm. That of an open_clip model has none: open_clip's defaults.
+    The description of a timm tower has its mean and std. An open_clip model has open_clip's defaults.
     """
     if model.open_clip_config is not None:
         return Preprocessing(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, model.input_size)
@@ -196,7 +196,7 @@ def _open_folder(folder: Path, text: bool) -> TwoTower:
 
 
 def _assumed(model: TwoTower, folder: Path) -> str:
-    """The warning about an open_clip model whose mean and std were not saved; it names those of open_clip's tags."""
+    """The warning about an open_clip model whose mean and std were not saved; it names the values of open_clip's tags."""
     tags = open_clip.list_pretrained_tags_by_model(model.name)
     size = {"size": model.input_size}
     known = {Preprocessing.of_open_clip({**open_clip.get_pretrained_cfg(model.name, tag), **size}) for tag in tags}

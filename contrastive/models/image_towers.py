@@ -17,7 +17,7 @@ from contrastive.errors import UserError
 
 
 class ImageTower(Protocol):
-    """What the two-tower model needs of an image tower (an ``nn.Module``).
+    """The interface of an image tower (an ``nn.Module``) that the two-tower model uses.
 
     A tower whose input is not square has ``full_size`` too, (height, width). `mean` and `std` follow
     `TwoTower.preprocessing`.

@@ -186,7 +186,7 @@ def open_clip_model(
         except json.JSONDecodeError as error:
             raise UserError(f"model.name: {path} is not JSON ({error})") from None
         name = path.stem
-        if "model_cfg" in config:  # an open_clip_config.json, as open_clip puts beside weights
+        if "model_cfg" in config:  # an open_clip_config.json, as open_clip saves with weights
             named, config = config.get("preprocess_cfg") or {}, config["model_cfg"]
     known = open_clip.get_model_config(name)
     if config is None:
@@ -221,7 +221,7 @@ def open_clip_model(
         logging.disable(logging.NOTSET)
     dim = int(config["embed_dim"])
     visual = model.visual
-    # open_clip puts there what it knows of the tag; a file of weights says nothing, and gets open_clip's defaults
+    # open_clip saves the tag's configuration there; a file of weights has none, and gets open_clip's defaults
     preprocessing = Preprocessing.of_open_clip({**visual.preprocess_cfg, **named, "size": visual.image_size})
     text_config = config.get("text_cfg", {})
     context = int(text_config.get("context_length", 77))

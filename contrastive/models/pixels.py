@@ -11,7 +11,7 @@ from torch import Tensor
 from contrastive.errors import UserError
 from contrastive.preprocessing import Preprocessing
 
-FAR = 5  # ranges of normalised pixels; random numbers for a trial run are nearer
+FAR = 5  # times the range of normalised pixels: beyond it a value is wrong; random test input is within
 
 
 def check_features(features: Tensor, width: int) -> None:

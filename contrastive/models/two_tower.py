@@ -68,7 +68,7 @@ class TwoTower(nn.Module):
             self.register_buffer(constant, torch.zeros(1, 3, 1, 1), persistent=False)
         self.channels_last = False
         self.open_clip_config: dict[str, Any] | None = None  # set for a model of open_clip: what rebuilds it
-        # of a model opened without its text tower: what `fingerprint` is of the whole one, by its `recorded`
+        # for a model opened without its text tower: `fingerprint` of the whole model, by its `recorded`
         self.whole_fingerprint: dict[bool, str] | None = None
         self.preprocessing = preprocessing or Preprocessing(image.mean, image.std, self.input_size)
         self.adapters: dict[str, dict[str, Any]] = {}  # by tower, what `add_adapters` gave it
@@ -109,7 +109,7 @@ class TwoTower(nn.Module):
             raise UserError(f"preprocessing: {self.name} was opened without its text tower; open the whole model first")
         self._preprocessing = value
         if (tuple(self.image.mean), tuple(self.image.std)) != (value.mean, value.std):
-            self.image.mean, self.image.std = value.mean, value.std  # equal whole numbers stay: they are fingerprinted
+            self.image.mean, self.image.std = value.mean, value.std  # equal integers stay integers: their JSON is hashed
         # 255 belongs to the constants: uint8 pixels become normalised floats in one fused pass.
         self.pixel_mean.copy_(torch.tensor(value.mean).view(1, 3, 1, 1) * 255)
         self.pixel_std.copy_(torch.tensor(value.std).view(1, 3, 1, 1) * 255)

@@ -24,7 +24,7 @@ class Batch:
 
     pixels: uint8 (n, 3, height, width), channels last in memory. tokens: int64 (n, length).
     ids: int64 (n,), equal where two captions are the same; where the data hold an image twice, in every batch (n, 2),
-        the ids of captions and those of images.
+        the ids of captions and of images.
     samples: int64 (n,), the number of each sample in its data set, the same in every epoch.
     valid: bool (n,), False for a sample that could not be read: its pixels are zero, its caption "".
     keys: n names. rejected: one entry for each sample that is not valid, in order of the rows.

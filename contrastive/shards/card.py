@@ -140,8 +140,8 @@ def card_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
         ("modalities", "(Liang, Zadeh and Morency 2022)"),
     ]
     for axis, numbers in card["modalities"].items():
-        told = "; ".join(f"{what} {'unknown' if v is None else f'{v:,.4g}'}" for what, v in numbers.items())
-        rows.append((f"  {axis}", told))
+        shown = "; ".join(f"{what} {'unknown' if v is None else f'{v:,.4g}'}" for what, v in numbers.items())
+        rows.append((f"  {axis}", shown))
     return rows
 
 

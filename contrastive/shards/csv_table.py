@@ -54,15 +54,15 @@ class CsvSource(TextSource):
         path = self.files[file]
         lines = Lines(path)
         header = next((line for line in lines if line.strip()), "").rstrip("\r\n")
-        told = re.fullmatch(r'"?sep=(.)"?', header)  # as Excel writes it above the header
-        if told:
+        declared = re.fullmatch(r'"?sep=(.)"?', header)  # as Excel writes it above the header
+        if declared:
             header = next(lines, "").rstrip("\r\n")
         if not header.strip():
             raise UserError(f"{path}: empty; the first line must name the columns")
         if lines.bad:
             raise UserError(f"{path}: line {lines.number} with the names of the columns is not UTF-8; save it as UTF-8")
         self._starts[file] = lines.at, lines.number + 1
-        self.separators[file] = told[1] if told else self._separator(path, header)
+        self.separators[file] = declared[1] if declared else self._separator(path, header)
         names = [name.strip() for name in _fields(header, self.separators[file])]
         twice = next((name for name, count in Counter(names).items() if count > 1 and name), None)
         data = next((name for name in names if _is_data(path, name)), None)

@@ -72,7 +72,7 @@ def decode_image(data: bytes | memoryview) -> Image.Image:
     A JPEG above MAX_PIXELS comes at 1/2, 1/4 or 1/8 of its size, the first that is not above.
 
     Raises:
-        Rejected: "not an image", "truncated or damaged", "too many pixels" (told from the header, before anything is
+        Rejected: "not an image", "truncated or damaged", "too many pixels" (by the header, before anything is
             decoded), "animated", the reason of `missing_decoder`, or of `contrastive.images.Unshowable`.
     """
     image = _open(data)
@@ -92,7 +92,7 @@ def decoded(image: Image.Image) -> Image.Image:
 
 
 def image_size(data: bytes | memoryview) -> tuple[int, int]:
-    """Width and height of the upright picture, told from the header; of a large JPEG before it is reduced.
+    """Width and height of the upright picture, from the header; of a large JPEG before it is reduced.
 
     Raises Rejected as `decode_image` does before it decodes.
     """
@@ -147,7 +147,7 @@ def decode_pixels(
 
 
 def missing_decoder(extension: str) -> str | None:
-    """Why no picture of this format (`image_extension`) can be decoded here, and the remedy; None where they can."""
+    """The reason why pictures of this format (`image_extension`) cannot be decoded here, and the remedy; else None."""
     if extension == "heic" and _heif() is None:
         return "HEIC: install contrastive[heif]"
     if extension == "avif" and _avif() is None:
@@ -158,7 +158,7 @@ def missing_decoder(extension: str) -> str | None:
 
 
 def outdated(reasons: Iterable[str]) -> bool:
-    """Whether one of these reasons for a rejection, kept on disk, holds no more: a decoder was installed since."""
+    """Whether one of these saved reasons for a rejection no longer holds: a decoder was installed since."""
     now = {missing_decoder(extension) for extension in ("heic", "avif", "jp2", "jxl")}
     then = ("HEIC: ", "AVIF: ", "JPEG 2000: ", "JPEG XL: ")
     return any(reason.startswith(then) and reason not in now for reason in reasons)
@@ -232,7 +232,7 @@ def _power_of_two(factor: float) -> int:
 
 
 def _reduction(width: int, height: int, data: bytes | memoryview) -> int:
-    """How many times smaller a JPEG must be decoded, 1 in most cases; else Rejected."""
+    """The factor by which a JPEG must be decoded smaller, 1 in most cases. Raises Rejected where none is enough."""
     if width * height <= MAX_PIXELS:
         return 1
     for factor in (2, 4, 8):
@@ -267,7 +267,7 @@ def _open(data: bytes | memoryview) -> Image.Image:
     if extension is None and data[:2] == b"BM":  # with reserved words that are not zero: weak evidence, see there
         extension, fault = "bmp", "not an image"
     else:
-        fault = "truncated or damaged"  # what begins as one of our formats does was an image
+        fault = "truncated or damaged"  # it begins like one of our formats: it was an image
     if extension is None:
         raise Rejected("not an image")
     missing = missing_decoder(extension)
@@ -312,14 +312,14 @@ def _is_animated(image: Image.Image, data: bytes | memoryview) -> bool:
 
 
 def _said_late(image: Image.Image, data: bytes | memoryview) -> bool:
-    """Whether a PNG may say after its pixels how to turn them."""
+    """Whether a PNG may have its orientation after its pixels."""
     return not image.info.get("exif") and any(mark in bytes(data) for mark in (b"eXIf", b"type exif", b"adobe.xmp"))
 
 
 @contextmanager
 def _quiet(kind: str | None) -> Iterator[None]:
-    """Keep Pillow's warnings of odd EXIF blocks to itself."""
-    if kind in ("png", "webp", "PNG", "WEBP"):  # which it does not read: most pictures that are not JPEG
+    """Suppress Pillow's warnings about odd EXIF blocks."""
+    if kind in ("png", "webp", "PNG", "WEBP"):  # their EXIF is not parsed at opening; entering `catch_warnings` costs time
         yield
         return
     with warnings.catch_warnings():

@@ -18,7 +18,7 @@ from contrastive.shards.record import Record, Rejected, image_extension
 from contrastive.shards.skipped import Skip
 
 ENCODINGS = {"webp": "webp", "jpeg": "jpg", "png": "png"}
-# What is re-encoded without --format; PNG for all others. Photographs would be many times larger as PNG.
+# The format of re-encoded images without --format; PNG for all others. Photographs would be many times larger as PNG.
 _OWN = {"webp": "webp", "jpg": "jpg", "heic": "jpg", "avif": "jpg", "jp2": "jpg", "j2k": "jpg"}
 
 
@@ -64,7 +64,7 @@ class Filters:
             raise UserError(f"--deduplicate {self.deduplicate}: give caption, image or both")
 
     def skip(self, record: Record) -> Skip | None:
-        """The reason why a pair is left out, found in its text and its image's header; None where it is kept."""
+        """The reason why a pair is left out, by its text and its image's header; None where it is kept."""
         length = len(record.captions[0])
         if self.min_caption is not None and length < self.min_caption:
             return Skip("caption too short", f"{length:,} characters")
@@ -117,7 +117,7 @@ def repeated(ids: np.ndarray, deduplicate: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Transform:
-    """How images are changed. Bytes stay untouched where an image has the wanted size and format and is upright.
+    """Changes to images. Bytes stay untouched where an image has the wanted size and format and is upright.
 
     resize: pixels of the `mode` side ("shorter" or "longer"); smaller images are not enlarged.
     format: "webp", "jpeg" or "png"; None keeps the image's own (PNG for GIF, BMP, TIFF and Netpbm, JPEG for HEIC, AVIF

@@ -122,7 +122,7 @@ class ImageFolder(Source):
             yield f"no image in the class folders: {_named(empty)}"
         outside = [file.name for file in self.files if self._label(file) is None]
         if outside:
-            yield f"{len(outside):,} images lie beside the class folders and have no label: {_named(outside)}"
+            yield f"{len(outside):,} images are outside the class folders and have no label: {_named(outside)}"
 
 
 class Captions:

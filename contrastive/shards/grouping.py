@@ -22,7 +22,7 @@ Texts = tuple[tuple[str, ...], tuple[str, ...]]  # captions and labels
 
 @dataclass
 class Layout:
-    """Where the rows of a table are.
+    """The places of a table's rows.
 
     starts: for each file, where each row lies, as in `Segment`. lines: the line of each row, for files of text.
     roles: of all rows, None where no image repeats. more: see `Part.more`, by the number of the row in the source.
@@ -54,7 +54,7 @@ class Layout:
             if owns is None:
                 parts.append(Part(number, start, self._segments(start, stop)))
                 continue
-            # the rows behind the last record may hold captions of it, and are of no use to the next part
+            # the rows after the last record may hold captions of it, and are of no use to the next part
             first = int(owns[start])
             last = int(owns[stop]) if stop < len(owns) else self.rows
             parts.append(self.part(number, first, last))

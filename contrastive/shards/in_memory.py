@@ -43,6 +43,6 @@ class MemorySource(Source):
 def write_shards(
     records: Iterable[Record], dest: PathLike, *, samples_per_shard: int = 1000, overwrite: bool = False
 ) -> Manifest:
-    """Make shards of records: those of a source, or any others, which are held in memory. See `make_shards`."""
+    """Make shards of the records of a source, or of any others, which are held in memory. See `make_shards`."""
     source = records if isinstance(records, Source) else MemorySource(records)
     return make_shards(source, dest, samples_per_shard=samples_per_shard, overwrite=overwrite)

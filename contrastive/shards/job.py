@@ -79,7 +79,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Task:
-    """A part, and what was found out about its rows among those of all parts.
+    """A part, and the facts about its rows that depend on the rows of all parts.
 
     repeats: a byte a row, a number of DUPLICATES, or empty. changes: a byte a row, bits of `key_changes`, or empty.
     prefixes: names of the files whose keys change.

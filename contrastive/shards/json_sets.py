@@ -1,4 +1,4 @@
-"""Sets that are one JSON file beside a folder of images: COCO's captions, and Karpathy's splits of COCO and Flickr."""
+"""Sets that are one JSON file and a folder of images: COCO's captions, and Karpathy's splits of COCO and Flickr."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _coco(file: Path, value: Mapping[str, Any], left: Counter[str]) -> Iterator[
         if not isinstance(name, str) or not name:
             left["image without file_name"] += 1
         elif number in seen:
-            raise UserError(f"{file}: image id {number} is that of {seen[number]} and of {name}; give each its own id")
+            raise UserError(f"{file}: {seen[number]} and {name} have the same id {number}; give each image its own id")
         else:
             seen[number] = name
             yield Entry(name, tuple(dict.fromkeys(captions.get(number, ()))))

@@ -1,8 +1,8 @@
-"""Keys that are unique in the shards, where those of the source are not.
+"""Keys that are unique in the shards, where the keys of the source are not.
 
 A key that occurs in several files gets the name of its file before it: "a-00000/000000012". Keys that differ only in
 characters which a shard's key cannot hold ("a.b" and "a_b") get a hash after them: "a_b-5f1c0d3e". A key that occurs
-twice in one file is the user's mistake. What a row is called depends on the keys of the whole source, and on nothing
+twice in one file is the user's mistake. The name of a row depends on the keys of the whole source, and on nothing
 else.
 """
 
@@ -71,7 +71,7 @@ def key_changes(safe: np.ndarray, plain: np.ndarray, file: np.ndarray) -> tuple[
         file: int64 (n,), numbers of the files.
 
     Returns:
-        uint8 (n,), bits PREFIX and MARK; and the first two rows that cannot be told apart, or None.
+        uint8 (n,), bits PREFIX and MARK; and the first two rows of one file with the same key, or None.
     """
     changes = np.zeros(len(safe), np.uint8)
     _, group, size = np.unique(safe, return_inverse=True, return_counts=True)

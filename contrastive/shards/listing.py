@@ -40,7 +40,7 @@ class Listing:
     hidden: int = 0
 
     def only(self, root: Path, level: int, names: set[str]) -> Listing:
-        """What lies in folders of these names at a level below `root`; 0 is the first level."""
+        """The files in folders of these names at a level below `root`; 0 is the first level."""
 
         def inside(files: list[Path]) -> list[Path]:
             return [file for file in files if {*file.relative_to(root).parts[level : level + 1]} <= names]
@@ -153,5 +153,5 @@ def _hidden_images(folder: Path) -> int:
 
 
 def _is_picture_name(name: str) -> bool:
-    # macOS writes ._cat.jpg, which holds no picture, beside cat.jpg
+    # macOS writes ._cat.jpg, which holds no picture, next to cat.jpg
     return not name.startswith("._") and _extension(Path(name)) in IMAGE_EXTENSIONS

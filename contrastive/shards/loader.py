@@ -38,7 +38,7 @@ class PairLoader:
     index: one set, or a `Mixture` of several.
     tokenize: list of n captions → int64 (n, length), a tensor or an array.
     image_size: height and width of the pixels. augment: None for the evaluation transform.
-    preprocessing: that transform, of the model which the pixels are for; None for `centre_square`.
+    preprocessing: the evaluation transform of the model that gets the pixels; None for `centre_square`.
     global_batch: samples of all processes together; rank r of `world` gets the r-th contiguous slice.
     window: shards that are shuffled with each other, see `Order`; None for all.
     workers: processes that prepare batches; 0 does it in this one.

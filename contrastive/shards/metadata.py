@@ -16,14 +16,14 @@ from contrastive.shards.record import Segment
 def metadata_tables(found: Listing) -> list[Path]:
     """The metadata tables of a folder of images; [] where it has none.
 
-    Raises UserError: tables of several kinds, or caption files beside them.
+    Raises UserError: tables of several kinds, or caption files in the same folder.
     """
     tables = [table for table in found.tables if table.stem.lower() == "metadata"]
     if len({TABLES[table.suffix[1:].lower()] for table in tables}) > 1:
         raise UserError(f"{tables[0].parent}: holds {tables[0].name} and {tables[-1].name}; give one of them by name")
     stems = {(image.parent, image.stem.casefold()) for image in found.images} if tables else set()
     if any((text.parent, text.stem.casefold()) in stems for text in found.texts):
-        raise UserError(f"{tables[0]}: lies beside .txt captions; give it by name, or move it out of the folder")
+        raise UserError(f"{tables[0]}: the folder holds .txt captions too; give the table by name, or move it out of the folder")
     return tables
 
 

@@ -36,7 +36,7 @@ class Record:
 
     @property
     def image_fault(self) -> str | None:
-        """The fault, but for that of a caption, whose text begins with this word: the image can be used without it."""
+        """The fault; None for a fault of the caption (its text begins with this word): the image can be used without."""
         of_caption = self.image is not None and self.fault is not None and self.fault.startswith("caption")
         return None if of_caption else self.fault
 
@@ -117,7 +117,7 @@ class Source:
     files: list[Path]
     limit: int | None = None
     name: str = ""  # the path that was opened, and the split
-    left_out: Mapping[str, int] = MappingProxyType({})  # what `rejected` gives, where a class has nothing else to say
+    left_out: Mapping[str, int] = MappingProxyType({})  # the value of `rejected`, unless a class adds to it
 
     def __iter__(self) -> Iterator[Record]:
         return itertools.islice(self._records(), self.limit)
@@ -133,7 +133,7 @@ class Source:
         return self.left_out
 
     def rejections(self) -> Iterator["SkippedRow"]:
-        """What `rejected` counts, one by one, where the source knows more than counts."""
+        """The rows that `rejected` counts, one by one, where the source knows them."""
         return iter(())
 
     @property
@@ -181,7 +181,7 @@ MAX_CAPTION_BYTES = 64 << 10  # of the caption: ten pages
 MAX_TEXT_BYTES = 1 << 20  # of all captions of one pair
 MAX_JSON_BYTES = 2 << 20  # of a pair's .json: all captions, with room for marks and other columns
 
-# File name extensions of pictures, as a folder or a tar may spell them. What a file holds is told from its bytes.
+# File name extensions of pictures, as a folder or a tar may spell them. The bytes of a file decide its format.
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg jpe jfif jfi jif pjpeg pjp png apng webp gif bmp dib tif tiff avif avifs heic heics heif heifs hif jxl "
     "jp2 j2k j2c jpc jpf jpx ppm pgm pbm pnm pfm".split()
@@ -192,7 +192,7 @@ _HEIF = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm"
 
 
 def image_extension(data: bytes | memoryview) -> str | None:
-    """The format's usual extension (without a dot), told from the first bytes; None for anything else.
+    """The format's usual extension (without a dot), by the first bytes; None for anything else.
 
     data: FIRST_BYTES of the file at least, or all of it.
     """

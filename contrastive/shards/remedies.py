@@ -45,7 +45,7 @@ REMEDIES: dict[str, tuple[str, str]] = {
     "text too long": ("have captions that are too long", "name the column of a shorter text with --caption"),
     "caption not UTF-8": ("have a caption that is not UTF-8", "save the captions as UTF-8"),
     "caption of several images": (
-        "have a caption that is that of several images of one name",
+        "share a caption file with other images of the same name",
         "rename the images, and give each a .txt file of its own name",
     ),
     "caption in several files": ("have several caption files", "keep one .txt file for each image"),
@@ -64,7 +64,7 @@ _LIMITS = {
 
 
 def hint(reason: str) -> str:
-    """The remedy for rows that were skipped beside others that were not; "" where the reason says enough."""
+    """The remedy for rows that were skipped while others were not; "" where the reason says enough."""
     return REMEDIES[reason][1] if reason.startswith("path outside ") else ""
 
 

@@ -1,7 +1,7 @@
 """What one shard holds: which members make pairs, and why the others do not. Reads headers, texts and first bytes only.
 
 A pair is KEY.jpg (or another image extension) and KEY.txt, with KEY.json if there is one, anywhere in the same shard.
-Without KEY.txt the caption is that of KEY.json. As in webdataset, a key ends at the first dot of the file's name, so
+Without KEY.txt the caption comes from KEY.json. As in webdataset, a key ends at the first dot of the file's name, so
 that KEY.mask.png is another member of the sample KEY. Where that leaves no image for KEY, the last dot counts: a.1.jpg
 and a.1.txt are a pair.
 """
@@ -113,7 +113,7 @@ def _add(found: Scan, samples: dict[str, dict[str, Member]], key: str, kind: str
     elif kind not in parts:
         parts[kind] = member
     elif kind == "image" and _extension(member.name) != _extension(parts[kind].name):
-        parts["second"] = member  # cat.jpg and cat.png: which one the caption is of, nobody can tell
+        parts["second"] = member  # cat.jpg and cat.png: the caption may belong to either
     else:
         found.rejected.append((key, "duplicate key"))
 

@@ -1,4 +1,4 @@
-"""The shards that a path, a URL, a glob or a folder stands for."""
+"""Finds the shards of a path, a URL, a glob or a folder."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Shard = Path | str  # a URL is a string
 
 
 def find_shards(path: PathLike | Sequence[PathLike]) -> list[Shard]:
-    """The shards that a folder, a file name, a URL, a glob or a list stands for, sorted by name."""
+    """The shards of a folder, a file name, a URL, a glob or a list of these, sorted by name."""
     if not isinstance(path, str | os.PathLike):
         found: list[Shard] = [shard for part in path for shard in _expand(part)]
     else:

@@ -51,7 +51,7 @@ class SkippedRows:
 
 
 def join_pieces(path: Path, before: Iterable[SkippedRow], pieces: Iterable[Path]) -> None:
-    """Write rejected.jsonl: the lines of `before`, then those of the pieces that exist. No file where there is none."""
+    """Write rejected.jsonl: the lines of `before`, then the pieces that exist. Without any line, no file is made."""
     present = [piece for piece in pieces if piece.exists()]
     lines = map(line_of, before)
     first = next(lines, b"")

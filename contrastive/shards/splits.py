@@ -1,4 +1,4 @@
-"""The splits of a data set, told from the names of folders and files, as on Hugging Face's Hub."""
+"""The splits of a data set by the names of folders and files, as on Hugging Face's Hub."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def split_level(root: Path, files: Sequence[Path], least: int = 2) -> int | None
 def group_by_split(root: Path, files: Sequence[Path], least: int = 2) -> dict[str, list[Path]]:
     """The files of each split, by the name that the folder uses; {} where it has fewer than `least` splits.
 
-    The names of files tell splits where no folders do. Files that name none of them are in no split.
+    The names of files decide where no folders are splits. Files that name no split are in none.
     """
     level = split_level(root, files, least)
     if level is not None:
@@ -73,7 +73,7 @@ def several_splits(path: object, found: Iterable[str], remedy: str = "") -> User
 
 
 def wanted_splits(path: object, found: Iterable[str], split: str) -> list[str]:
-    """The names in `found` that `split` stands for: by name, or by another name of the same split (val, validation)."""
+    """The names in `found` that `split` selects: by name, or by another name of the same split (val, validation)."""
     names = _in_order(found)
     if not names:
         raise UserError(f"--split {split}: {path} holds no splits; leave it out")

@@ -120,7 +120,7 @@ class ImageReader:
 
 
 def image_name(folder: str, value: Any) -> Any:
-    """What two rows of one image have in common: the path in full, or the bytes; None without a value."""
+    """A value that is equal for rows of one image: the full path, or the bytes; None without a value."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, list):
@@ -167,7 +167,7 @@ def _from_base64(text: str) -> Found:
 
 
 def _begins_as_image(text: str) -> bool:
-    head = "".join(text[:96].split())[:88]  # of 66 bytes: as many as the formats are told by
+    head = "".join(text[:96].split())[:88]  # 66 bytes, of which `image_extension` needs FIRST_BYTES
     try:
         return _PACKED.fullmatch(head) is not None and image_extension(_unpacked(head)) is not None
     except ValueError:

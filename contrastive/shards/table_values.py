@@ -95,7 +95,7 @@ def _listed(text: str) -> list[str] | None:
 def label_of(value: Any, names: Sequence[str] | None = None) -> tuple[str | None, str | None]:
     """The class name of a cell, None if it has none; and why the cell cannot be used.
 
-    names: of the classes, where the file has them; then a cell holds the number of one, and -1 stands for none.
+    names: of the classes, where the file has them; then a cell holds the number of one, and -1 is no label.
     """
     if value is None:
         return None, None

@@ -65,7 +65,7 @@ class TableSource(Source):
 
     allow_outside = True
     unit = "row"  # of a place in a file
-    begins = ""  # how an error about a missing column goes on
+    begins = ""  # the end of an error about a missing column
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class TableSource(Source):
         raise NotImplementedError
 
     def _class_names(self, file: int) -> Mapping[str, list[str]]:
-        """By column, the names that its numbers stand for."""
+        """The names of classes by column, for columns that hold their numbers."""
         return {}
 
     # ---- columns
@@ -311,8 +311,5 @@ class TableSource(Source):
             labels.append(label if label is not None else str(fault))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_known": None,
-            "_readers": {},
-        }  # other processes read parts, which hold what they need
+        # other processes read parts, which hold what they need
+        return {**self.__dict__, "_known": None, "_readers": {}}

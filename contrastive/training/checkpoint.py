@@ -411,8 +411,8 @@ def check_identity(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         if saved != now and key == "decoder":  # of pictures; 1 was not written down
             raise UserError(
                 f"{path}: cannot resume, its pictures were decoded by decoder {saved or 1}, now they are by {now} "
-                "(from 2 on upright, as a viewer shows them); choose another run.dir, or go on with the version of "
-                "contrastive that it was started with"
+                "(from 2 on upright, as a viewer shows them); choose another run.dir, or continue with the version "
+                "of contrastive that it was started with"
             )
         if saved != now:
             raise UserError(

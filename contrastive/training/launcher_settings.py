@@ -1,4 +1,4 @@
-"""Settings that accelerate takes from the environment: what a recipe does not say does not change a run.
+"""Settings that accelerate takes from the environment: none of them may change a run without its recipe.
 
 ``accelerate launch`` sets these variables from its options and from a configuration file of the user's, and a shell may
 have them from another project. Each variable that accelerate reads has its row here; a test compares the table with
@@ -29,7 +29,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Harmless:
-    """A variable that cannot change a run: why."""
+    """A variable that cannot change a run, with the reason."""
 
     why: str
 
@@ -40,7 +40,7 @@ _UNUSED = Harmless("read only with a plugin whose own variable is refused")
 _TRACKER = Harmless("read by a tracker, names only")
 _OTHER_MACHINES = Harmless("of hardware that is not trained on here")
 
-# A name that ends in * stands for all that begin so.
+# A name that ends in * is the beginning of many.
 SETTINGS: Mapping[str, Refused | Harmless] = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": Refused(
         "train.chunk takes a batch of any size through little memory, with the gradient of the whole", OFF | {"1"}
@@ -54,7 +54,7 @@ SETTINGS: Mapping[str, Refused | Harmless] = {
     "ACCELERATE_FP8_BACKEND": Refused("train.precision has bf16, fp16 and fp32"),
     "ACCELERATE_TORCH_DEVICE": Refused("CUDA_VISIBLE_DEVICES chooses a GPU", frozenset(("",))),
     "ACCELERATE_MIXED_PRECISION": Harmless("train.precision is given to accelerate, and counts"),
-    "ACCELERATE_USE_CPU": Harmless("`build_accelerator` goes by it too"),
+    "ACCELERATE_USE_CPU": Harmless("`build_accelerator` follows it"),
     "ACCELERATE_DYNAMO_*": Harmless("read with a backend only, which is refused"),
     "FSDP_*": _UNUSED,
     "ACCELERATE_DEEPSPEED_*": _UNUSED,
@@ -102,7 +102,7 @@ SETTINGS: Mapping[str, Refused | Harmless] = {
     "DEEPSPEED_USE_HPU": _OTHER_MACHINES,
     "systemdrive": _OTHER_MACHINES,
 }
-# Of torch and its libraries: they change the rounding of a product in float32, which is said.
+# Of torch and its libraries: they change the rounding of a product in float32; a note is printed.
 ROUNDING = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
 
 

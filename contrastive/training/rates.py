@@ -1,4 +1,4 @@
-"""Whether a run that is resumed goes on at another learning rate than it would have."""
+"""The learning rates of a run in its checkpoints, so that a resumed run can report a change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Rates:
         """A line where the next step has another rate than the run that was `saved` would have given it, else None.
 
         Args:
-            step: after which the run goes on.
+            step: the last one that was taken.
             saved: of `state`; None in a checkpoint of an earlier version, which does not hold it.
             factor: of the next step now.
         """

@@ -79,7 +79,7 @@ class Trainer:
         probe: is called on the main process every `probe_every`. mfu: log what `Utilisation` gives.
         ema: ``(decay, every)`` of a `WeightAverage`, validated and final; the main process has it.
         stop: ends the run behind a validation; its metric is a name that `validate` returns.
-        rates: are kept in checkpoints, so that a resumed run can say where its rate changes.
+        rates: saved in checkpoints, so that a resumed run can report where its learning rate changes.
         twin: of a sharded model, on the main process: one like it that takes the whole weights to be evaluated.
     """
 

@@ -68,7 +68,7 @@ def test_metadata_without_captions_or_labels_leaves_the_class_folders(tmp_path: 
 def test_metadata_beside_caption_files_is_an_error(tmp_path: Path) -> None:
     rows = metadata("csv", [{"file_name": "0.jpg", "caption": "from the table"}])
     write_files(tmp_path, {"0.jpg": picture(1), "0.txt": b"from the file", "metadata.csv": rows})
-    with pytest.raises(UserError, match=r"metadata\.csv: lies beside \.txt captions; give it by name"):
+    with pytest.raises(UserError, match=r"metadata\.csv: the folder holds \.txt captions too; give the table by name"):
         open_source(tmp_path)
     (record,) = open_source(tmp_path / "metadata.csv")
     assert record.captions == ("from the table",)

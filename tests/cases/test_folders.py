@@ -196,7 +196,7 @@ def test_images_beside_class_folders_and_empty_class_folders_are_told(tmp_path: 
     assert {record.key: record.label for record in source} == {"3.png": None, "cat/1.png": "cat", "dog/a/2.png": "dog"}
     assert source.notes == [
         "no image in the class folders: bird",
-        "1 images lie beside the class folders and have no label: 3.png",
+        "1 images are outside the class folders and have no label: 3.png",
     ]
 
 

@@ -58,7 +58,7 @@ def test_probe_fit_takes_a_split_of_each_set(saved, splits, tmp_path, capsys):  
 def test_labels_are_missed_by_name_where_an_image_lies_beside_the_class_folders(saved, labelled, tmp_path, capsys):  # noqa: F811
     shutil.copy(labelled / "red" / "00.png", labelled / "00.png")
     assert command("probe", "fit", saved, labelled, tmp_path / "probe.safetensors") == 2
-    assert "00.png lies beside the class folders and has no label" in capsys.readouterr().err
+    assert "00.png is outside the class folders and has no label" in capsys.readouterr().err
 
 
 def test_an_image_whose_caption_cannot_be_read_is_classified(saved, pairs, capsys):  # noqa: F811
