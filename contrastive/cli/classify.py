@@ -130,7 +130,8 @@ def _fit(args: argparse.Namespace, model: Any, classifier: Any) -> None:
     from contrastive.errors import UserError
     from contrastive.evaluation import embed, open_labelled
     from contrastive.evaluation.calibration import expected_error
-    from contrastive.evaluation.class_names import class_name_map
+    from contrastive.evaluation.class_names import named_labels
+    from contrastive.evaluation.labelled import no_label
 
     if args.validation is None:
         if args.class_names is not None:
@@ -142,15 +143,9 @@ def _fit(args: argparse.Namespace, model: Any, classifier: Any) -> None:
     found = embed(model, validation, text=False, invert=args.invert)
     print_left_out(validation, found.outcomes, "--validation: ")
     if found.labels is None:
-        raise UserError(
-            f"--validation {args.validation}: {len(found.unlabelled)} images have no label, the first is "
-            f"{found.unlabelled[0]}; give every image one"
-        )
-    labels = found.labels
-    if args.class_names is not None:
-        where = f"--class-names {args.class_names}"
-        mapping = class_name_map(labels, read_class_names(args.class_names), where)
-        labels = [mapping[one] for one in labels]
+        raise no_label(f"--validation {args.validation}", found.unlabelled)
+    names = None if args.class_names is None else read_class_names(args.class_names)
+    labels = named_labels(found.labels, names, f"--class-names {args.class_names}")
     if args.multilabel:
         _fit_thresholds(classifier, found.image, labels)
         return

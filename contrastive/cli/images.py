@@ -11,7 +11,8 @@ from typing import Any
 
 from contrastive.errors import UserError
 from contrastive.shards import open_source
-from contrastive.shards.record import FIRST_BYTES, IMAGE_EXTENSIONS, image_extension
+from contrastive.shards.listing import is_image
+from contrastive.shards.record import IMAGE_EXTENSIONS
 
 SHOWN = 60  # characters of an argument in a message
 NAME_BYTES = 255  # of one part of a path, on every usual file system
@@ -102,15 +103,8 @@ def _matches(pattern: str) -> list[str] | None:
 
 
 def _is_picture(file: str) -> bool:
-    if os.path.isdir(file):
-        return False
-    if Path(file).suffix[1:].lower() in IMAGE_EXTENSIONS:
-        return True
-    try:
-        with open(file, "rb") as opened:
-            return image_extension(opened.read(FIRST_BYTES)) is not None
-    except OSError:
-        return False
+    path = Path(file)
+    return not path.is_dir() and (path.suffix[1:].lower() in IMAGE_EXTENSIONS or is_image(path))
 
 
 def _is_model(path: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from contrastive.errors import UserError
+from contrastive.json_object import RepeatedKey, strict_object
 
 COLUMNS = ("label", "labels", "name", "names", "class", "classes", "class_name", "label_name", "category")
 LISTS = ("labels", "names", "classes", "class_names", "categories")  # keys of a JSON object that hold the list
@@ -134,18 +135,11 @@ def _heads(cells: list[str]) -> list[str]:
 
 
 def _parsed(where: str, text: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise UserError(f"{where}: the key '{next(k for k in keys if keys.count(k) > 1)}' is given twice")
-        return found
-
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=strict_object)
+    except RepeatedKey as key:
+        raise UserError(f"{where}: the key '{key}' is given twice; keep one") from None
     except ValueError as fault:
-        if isinstance(fault, UserError):
-            raise
         raise UserError(f"{where}: not JSON ({fault}); write one label a line, or a JSON list of names") from None
 
 

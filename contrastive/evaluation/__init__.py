@@ -9,12 +9,13 @@ from contrastive.evaluation.feature_store import StoredFeatures, stored_features
 from contrastive.evaluation.fewshot import few_shot
 from contrastive.evaluation.knn import knn_sweep
 from contrastive.evaluation.labelled import has_captions, open_labelled
+from contrastive.evaluation.pairs import evaluate_pairs
 from contrastive.evaluation.predictions import Predictions, write_predictions
 from contrastive.evaluation.probe import LinearProbe
 from contrastive.evaluation.report import write_report
 from contrastive.evaluation.stored import model_hash
 from contrastive.evaluation.table import format_results_table
-from contrastive.evaluation.tasks import SCALARS, Evaluation, evaluate_labelled, evaluate_pairs
+from contrastive.evaluation.tasks import SCALARS, Evaluation, evaluate_labelled
 from contrastive.evaluation.template_spread import label_order_difference, template_spread
 from contrastive.evaluation.templates import read_templates
 from contrastive.evaluation.zeroshot import ZeroShotClassifier

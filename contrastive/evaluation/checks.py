@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from contrastive.errors import UserError
 from contrastive.evaluation.label_arrays import label_array
+from contrastive.wording import first_few
 
 
 def check_finite(name: str, keys: Sequence[str], rows_ND: NDArray[np.floating]) -> None:
@@ -49,9 +50,8 @@ def check_known(name: str, found: NDArray[np.str_], names: Sequence[str]) -> Non
     missing = sorted(set(found) - set(names))
     if missing:
         close = difflib.get_close_matches(missing[0], names, n=1)
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         hint = f"; did you mean '{missing[0]}' by '{close[0]}'?" if close else ""
-        raise UserError(f"{name}: labels that are not among those given: {', '.join(missing[:5])}{more}{hint}")
+        raise UserError(f"{name}: labels that are not among those given: {first_few(missing)}{hint}")
 
 
 def check_trained(

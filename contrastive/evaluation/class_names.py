@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from contrastive.errors import UserError
 from contrastive.evaluation.labels import are_numbers, check_labels, in_order
+from contrastive.wording import first_few
 
 ClassNames = Mapping[str, str] | Sequence[str]
-SHOWN = 5
 
 
 def class_name_map(labels: Iterable[str], names: ClassNames, where: str = "class names") -> dict[str, str]:
@@ -29,9 +29,9 @@ def class_name_map(labels: Iterable[str], names: ClassNames, where: str = "class
     mapping = dict(names) if isinstance(names, Mapping) else _numbered(found, check_labels(names), where)
     missing = [label for label in found if label not in mapping]
     if missing:
-        shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
-        given = ", ".join(list(mapping)[:SHOWN])
-        raise UserError(f"{where}: no name for {shown}; names are given for {given}: add the missing ones")
+        raise UserError(
+            f"{where}: no name for {first_few(missing)}; names are given for {first_few(mapping)}; add the missing ones"
+        )
     owners = defaultdict(list)
     for label in found:
         owners[mapping[label].strip()].append(label)
@@ -41,6 +41,14 @@ def class_name_map(labels: Iterable[str], names: ClassNames, where: str = "class
         if len(own) > 1:
             raise UserError(f"{where}: '{name}' is the name of {' and '.join(own)}; give each class a name of its own")
     return {label: mapping[label].strip() for label in found}
+
+
+def named_labels(labels: Sequence[str], names: ClassNames | None, where: str) -> list[str]:
+    """The labels by the names of `class_name_map`; as they are where `names` is None."""
+    if names is None:
+        return list(labels)
+    mapping = class_name_map(labels, names, where)
+    return [mapping[label] for label in labels]
 
 
 def _numbered(found: Sequence[str], names: list[str], where: str) -> dict[str, str]:

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from contrastive.errors import UserError
+from contrastive.wording import first_few
 
 ClassWeight = Mapping[Any, float] | str | None
-SHOWN = 5
 
 
 def sample_weights(
@@ -81,10 +81,8 @@ def _of_classes(
     known = {name: index for index, name in enumerate(classes_K.tolist())}
     unknown = [name for name in class_weight if name not in known]
     if unknown:
-        shown = ", ".join(map(repr, unknown[:SHOWN])) + (f" and {len(unknown) - SHOWN} more" if unknown[SHOWN:] else "")
-        raise UserError(
-            f"probe: class_weight: no such class: {shown}; the classes are {', '.join(map(repr, list(known)[:SHOWN]))}"
-        )
+        missing, classes = first_few(map(repr, unknown)), first_few(map(repr, known))
+        raise UserError(f"probe: class_weight: no such class: {missing}; the classes are {classes}")
     weights = np.ones(len(known))
     for name, weight in class_weight.items():
         if not isinstance(weight, (int, float, np.number)) or not np.isfinite(weight) or weight <= 0:

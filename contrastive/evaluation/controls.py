@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from contrastive.errors import UserError
-from contrastive.evaluation.class_names import ClassNames, class_name_map
+from contrastive.evaluation.class_names import ClassNames, named_labels
 from contrastive.evaluation.class_weights import ClassWeight
-from contrastive.evaluation.embed import Extracted, Images, Progress, extract, on_pixels
+from contrastive.evaluation.embed import Extracted, Progress, extract, on_pixels
+from contrastive.evaluation.items import Images
 from contrastive.evaluation.labelled import check_complete, open_labelled
 from contrastive.evaluation.labels import spelling_remarks
 from contrastive.evaluation.metrics import accuracies, class_ranks
@@ -104,10 +105,7 @@ def probe_with_controls(
         keys = [record.key for record in found.records]
         labels = check_complete(str(source), [record.label for record in found.records], keys)
         remarks.extend(line for line in source_remarks(opened) if line not in remarks)
-        if class_names is not None:
-            mapping = class_name_map(labels, class_names, f"{source}: class names")
-            labels = [mapping[one] for one in labels]
-        return found, np.asarray(labels)
+        return found, np.asarray(named_labels(labels, class_names, f"{source}: class names"))
 
     def fitted_probe(rows: NDArray[Any], labels: NDArray[np.str_]) -> LinearProbe:
         return LinearProbe(C, seed=seed, class_weight=class_weight).fit(rows, labels)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from contrastive.evaluation.embed import Embeddings, Images, open_images
+from contrastive.evaluation.embed import Embeddings
+from contrastive.evaluation.items import Images, open_images
 from contrastive.evaluation.retrieval import best_hits
 from contrastive.printable import printable
 from contrastive.shards import Rejected, ShardIndex, decode_image

@@ -18,6 +18,7 @@ from contrastive.errors import UserError
 from contrastive.evaluation.checks import check_class_numbers
 from contrastive.evaluation.estimator import check_features
 from contrastive.evaluation.metrics import share
+from contrastive.wording import first_few
 
 KS = (1, 2, 5, 10, 20, 50, 100, 200)
 TEMPERATURES = (0.01, 0.02, 0.04, 0.07, 0.1, 0.2, 0.5, 1.0)  # Wu et al. take 0.07
@@ -61,8 +62,7 @@ def knn_sweep(
         raise UserError(f"knn: {len(train)} training and {len(test)} test images; needs at least 2 and 1")
     unknown = sorted(set(test_target.tolist()) - set(train_target.tolist()))
     if unknown:
-        shown = ", ".join(map(str, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise UserError(f"knn: test: classes without training images: {shown}; leave those images out")
+        raise UserError(f"knn: test: classes without training images: {first_few(unknown)}; leave those images out")
     kept = [k for k in sorted(set(ks)) if 1 <= k < len(train)]
     if not kept or not temperatures or min(temperatures) <= 0:
         raise UserError(f"knn: ks {list(ks)}, temperatures {list(temperatures)}: needs positive ones, k < {len(train)}")

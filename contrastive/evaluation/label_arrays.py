@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from contrastive.errors import UserError
-
-SHOWN = 5  # labels of an error
+from contrastive.wording import first_few
 
 
 def label_array(y: ArrayLike | None, name: str) -> NDArray[Any]:
@@ -70,9 +69,8 @@ def label_places(y: ArrayLike | None, classes: ArrayLike, name: str) -> NDArray[
     distinct, inverse = np.unique(labels, return_inverse=True)
     unknown = [label for label in distinct.tolist() if label not in place]
     if unknown:
-        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
         raise UserError(
-            f"{name}: labels that are not among the classifier's: {', '.join(map(str, unknown[:SHOWN]))}{more}; "
+            f"{name}: labels that are not among the classifier's: {first_few(unknown)}; "
             "leave those rows out, or fit with these classes"
         )
     return np.asarray([place[label] for label in distinct.tolist()], np.int64)[inverse.reshape(labels.shape)]

@@ -7,7 +7,7 @@ from os import PathLike
 from typing import Any
 
 from contrastive.errors import UserError
-from contrastive.evaluation.embed import Images
+from contrastive.evaluation.items import Images
 from contrastive.shards import Source, open_source
 
 
@@ -27,9 +27,7 @@ def open_labelled(path: Images, *, label: str | None = None, limit: int | None =
     if first is None:
         raise UserError(f"{path}: there is nothing in it")
     if getattr(first, "label", None) is None and getattr(source, "labelled", False):
-        raise UserError(
-            f"{path}: {first.key} is outside the class folders and has no label; move it into one, or away"
-        )
+        raise UserError(f"{path}: {first.key} is outside the class folders and has no label; move it into one, or away")
     if getattr(first, "label", None) is None:
         columns = source.columns if isinstance(source, Source) else []
         remedy = (
@@ -45,8 +43,13 @@ def check_complete(name: str, labels: Sequence[str | None], keys: Sequence[str])
     """The labels, none of them missing; else `UserError` with the first key that has none."""
     missing = [key for key, label in zip(keys, labels, strict=True) if label is None]
     if missing:
-        raise UserError(f"{name}: {len(missing)} images have no label, the first is {missing[0]}")
+        raise no_label(name, missing)
     return [str(label) for label in labels]
+
+
+def no_label(name: str, keys: Sequence[str]) -> UserError:
+    """The error for images without a label. keys: of these images, at least one."""
+    return UserError(f"{name}: {len(keys):,} images have no label, the first is {keys[0]}; give every image one")
 
 
 def has_captions(path: Images) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from contrastive.evaluation.classification import Judged, judge
 from contrastive.evaluation.controls import PIXEL_SIDE
-from contrastive.evaluation.embed import Images, decoded_images
+from contrastive.evaluation.items import Images, decoded_images
 from contrastive.evaluation.metrics import accuracies, class_ranks
 from contrastive.evaluation.probe import LinearProbe
 from contrastive.shards import resize_square

@@ -274,3 +274,9 @@ def _ranks(below: Tensor, above: Tensor, candidates: int, order: Tensor) -> Rank
     counted = torch.empty((2, len(order)), dtype=torch.int64)
     counted[:, order] = torch.stack([above, candidates - below - above])
     return Ranks(counted[0].numpy(), counted[1].numpy())
+
+
+def hubness_by_direction(image: NDArray[np.float32], text: NDArray[np.float32]) -> dict[str, Any]:
+    """Hubs among what each direction finds; few candidates are all found by everyone, and have none."""
+    sides = {"image_to_text": (image, text), "text_to_image": (text, image)}
+    return {direction: hubness(*sides[direction]) for direction in sides if len(sides[direction][1]) > 20}

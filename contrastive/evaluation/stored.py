@@ -28,19 +28,14 @@ from PIL import Image
 from contrastive.errors import Fault, UserError
 from contrastive.evaluation.embed import (
     Embeddings,
-    Images,
-    Outcome,
     Progress,
     assemble,
     caption_rows,
-    class_label,
-    content_hash,
     encode_texts,
     extract_items,
     on_images,
-    open_images,
-    read_item,
 )
+from contrastive.evaluation.items import Images, Outcome, class_label, content_hash, open_images, read_item
 from contrastive.evaluation.protocol import Model
 from contrastive.printable import printable
 from contrastive.shards import Record, Source

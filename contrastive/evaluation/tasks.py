@@ -17,28 +17,25 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import softmax
 
 from contrastive.errors import UserError
 from contrastive.evaluation.checks import check_finite, check_known, check_trained, possible_shots
-from contrastive.evaluation.class_names import ClassNames, class_name_map
+from contrastive.evaluation.class_names import ClassNames, named_labels
 from contrastive.evaluation.classification import Judged, judge, repeated_images
-from contrastive.evaluation.composition import pair_scores, swapped
-from contrastive.evaluation.embed import Embeddings, Images, Progress, embed, embed_texts
+from contrastive.evaluation.embed import Embeddings, Progress, embed, embed_texts
 from contrastive.evaluation.examples import Examples, draw_examples
 from contrastive.evaluation.figures import Map, embedding_map
-from contrastive.evaluation.labelled import open_labelled
+from contrastive.evaluation.items import Images
+from contrastive.evaluation.labelled import no_label, open_labelled
 from contrastive.evaluation.labels import check_labels, check_several, in_order, number_remark, spelling_remarks
-from contrastive.evaluation.metrics import share
 from contrastive.evaluation.predictions import Predictions
 from contrastive.evaluation.probed import fit_probes, judge_probe, pixel_rows
 from contrastive.evaluation.protocol import Model
 from contrastive.evaluation.remarks import source_remarks
-from contrastive.evaluation.retrieval import KS, hubness, rank_both, recalls, retrieval_ranks, summary
+from contrastive.evaluation.retrieval import KS, hubness_by_direction, recalls
 from contrastive.evaluation.template_spread import template_spread
 from contrastive.evaluation.templates import read_templates
 from contrastive.evaluation.zeroshot import ZeroShotClassifier
-from contrastive.shards import caption_id
 
 LABELLED_TASKS = ("zeroshot", "probe", "fewshot", "knn", "retrieval")
 NEED_TRAIN = {"probe", "fewshot", "knn"}
@@ -74,117 +71,6 @@ class Evaluation:
             for name, entry in entries.items()
             if f"{group}/{name}" in SCALARS
         }
-
-
-def evaluate_pairs(
-    model: Model,
-    source: Images,
-    *,
-    name: str = "validation",
-    examples: int = 0,
-    captions: str = "first",
-    thorough: bool = False,
-    invert: bool = False,
-    batch_size: int = 256,
-    workers: int = 0,
-    dtype: torch.dtype | None = None,
-    cache: str | PathLike[str] | None = None,
-    max_unreadable: float = 1.0,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Retrieval in both directions, and zero-shot classification among the set's distinct captions.
-
-    Captions that are equal apart from case and white space are one (`contrastive.shards.caption_id`), and so are images
-    whose first captions are.
-
-    Args:
-        source: images with captions: a `ShardIndex` or anything that `embed` takes.
-        examples: how many captions, and how many right and wrong cases, to keep images of.
-        captions: "first", or "all" captions of each image: then each of them is right for it.
-        thorough: hubness and the order of words as well.
-        cache, max_unreadable: see `embed`.
-
-    Returns:
-        results: `{"name", "kind": "pairs", "samples", "captions", "retrieval": see `recalls`, "zeroshot": {"top1": M,
-        "top5": M}, "rejected", "failures", "seconds"}` where M is `{"value", "low", "high", "chance"}`, a 95 %
-        interval over samples; thorough: "hubness" (see `hubness`, by direction) and "composition" (see `pair_scores`,
-        with "unswappable", the captions that have no order to swap).
-
-    Raises:
-        UserError: images without captions, none that can be read, features that are not finite.
-    """
-    started = time.perf_counter()
-    found = embed(
-        model,
-        source,
-        batch_size=batch_size,
-        workers=workers,
-        features="both" if cache else "projected",
-        text=captions,
-        invert=invert,
-        dtype=dtype,
-        cache=cache,
-        max_unreadable=max_unreadable,
-        progress=progress,
-    )
-    owners = found.image_of_text
-    if found.text is None or owners is None or len(np.unique(owners)) < len(found.keys):
-        given = set() if owners is None else set(owners.tolist())
-        texts = found.captions or [""] * len(found.keys)
-        without = [key for row, key in enumerate(found.keys) if (row not in given if given else not texts[row])]
-        raise UserError(
-            f"{name}: {len(without)} of {len(found.keys)} images have no caption, the first is {without[0]}; "
-            "retrieval needs pairs"
-        )
-    check_finite(name, found.keys, found.image)
-    check_finite(name, found.captions or [], found.text)
-    assert found.captions is not None
-    first = np.unique(owners, return_index=True)[1]
-    ids = np.asarray([caption_id(found.captions[row]) for row in first], dtype=np.int64)
-    text_ids = ids[owners]
-    unique, firsts, inverse = np.unique(ids, return_index=True, return_inverse=True)
-    weights_KD = found.text[first[firsts]]
-    ranks = retrieval_ranks(found.image, weights_KD, ids, unique)
-    both = rank_both(found.image, found.text, ids, text_ids)
-    retrieval = {
-        "image_to_text": summary(both[0], ids, text_ids, seed=seed),
-        "text_to_image": summary(both[1], text_ids, ids, seed=seed),
-    }
-    results: dict[str, Any] = {
-        "name": name,
-        "kind": "pairs",
-        "samples": len(ids),
-        "captions": len(unique) if captions == "first" else len(text_ids),
-        "retrieval": retrieval,
-        "zeroshot": {f"top{k}": share(ranks < k, seed=seed) | {"chance": min(1.0, k / len(unique))} for k in TOPS},
-        "rejected": found.rejected,
-    }
-    if found.failures:
-        results["failures"] = found.failures
-    remarks = source_remarks(source)
-    if remarks:
-        results["remarks"] = remarks
-    if thorough:
-        results |= {"hubness": _hubs(found.image, found.text), "content": found.content}
-        order = _composition(model, found, owners, seed, batch_size, dtype)
-        if order is not None:
-            results["composition"] = order
-    results["seconds"] = time.perf_counter() - started
-    shown = Examples()
-    if examples:
-        scale = float(model.logit_scale.detach().exp())
-        names = [found.captions[first[row]] for row in firsts]
-        chances = softmax(scale * (found.image @ weights_KD.T), axis=1)
-        shown = draw_examples(
-            source, found, chances, names, inverse, examples, queries_KD=weights_KD, seed=seed, invert=invert
-        )
-    samples: dict[str, NDArray[Any]] = {}
-    for direction, one in zip(retrieval, both, strict=True):
-        samples[f"{direction}/recall@1"] = one.pessimistic < 1
-        samples[f"{direction}/mrr"] = 1 / (one.pessimistic + 1)
-    samples["zeroshot/top1"] = ranks < 1
-    return Evaluation(results, shown, samples=samples, keys=found.keys)
 
 
 def evaluate_labelled(
@@ -228,8 +114,7 @@ def evaluate_labelled(
         "content", "content_train", "seconds", "remarks"}` and a part for each task: "zeroshot" and "probe" as in
         `judge` (the probe with "model", "random" and "pixels" as in `fit_probes`), "fewshot" and "knn" as those
         functions give them ("shots": those that were tried), "retrieval" as in `recalls`, between images and the
-        prompts of their
-        labels. With `train`: "duplicates". With several templates: "wording", see `template_spread`.
+        prompts of their labels. With `train`: "duplicates". With several templates: "wording", see `template_spread`.
 
     Raises:
         UserError: an unknown task, no labels, a label of `test` that is not in `labels`, a task that needs `train`
@@ -264,16 +149,10 @@ def evaluate_labelled(
             progress=progress,
         )
         if found.labels is None:
-            raise UserError(
-                f"{name}: {source}: {len(found.unlabelled)} images have no label, the first is "
-                f"{found.unlabelled[0]}; give every image one"
-            )
+            raise no_label(f"{name}: {source}", found.unlabelled)
         check_finite(str(source), found.keys, found.image)
         remarks.extend(line for line in source_remarks(opened) if line not in remarks)
-        named = found.labels
-        if class_names is not None:
-            mapping = class_name_map(named, class_names, f"{source}: class names")
-            named = [mapping[one] for one in named]
+        named = named_labels(found.labels, class_names, f"{source}: class names")
         return kept, found, np.asarray(named)
 
     source, found, test_labels = read(test, model)
@@ -378,7 +257,7 @@ def evaluate_labelled(
             text = embed_texts(model, prompts, batch_size=batch_size, dtype=dtype)
             prompt_ids = np.repeat(np.arange(len(names)), len(templates_used))
             results["retrieval"] = recalls(found.image, text, target, prompt_ids, seed=seed)
-            results["hubness"] = _hubs(found.image, text)
+            results["hubness"] = hubness_by_direction(found.image, text)
     for task, one in judged.items():
         samples |= {f"{task}/top1": one.right, f"{task}/log-likelihood": one.log_likelihood}
     if train_found is not None:
@@ -419,28 +298,3 @@ class _Clock:
 def _positions(labels: Any, names: Sequence[str]) -> NDArray[np.int64]:
     place = {name: index for index, name in enumerate(names)}
     return np.asarray([place[label] for label in labels], dtype=np.int64)
-
-
-def _hubs(image: NDArray[np.float32], text: NDArray[np.float32]) -> dict[str, Any]:
-    """Hubs among what each direction finds; few candidates are all found by everyone, and have none."""
-    sides = {"image_to_text": (image, text), "text_to_image": (text, image)}
-    return {direction: hubness(*sides[direction]) for direction in sides if len(sides[direction][1]) > 20}
-
-
-def _composition(
-    model: Model,
-    found: Embeddings,
-    owners_T: NDArray[np.int64],
-    seed: int,
-    batch_size: int,
-    dtype: torch.dtype | None,
-) -> dict[str, Any] | None:
-    assert found.captions is not None and found.text is not None
-    swaps = [swapped(caption) for caption in found.captions]
-    rows = [row for row, swap in enumerate(swaps) if swap is not None]
-    if not rows:
-        return None
-    wrong = embed_texts(model, [str(swaps[row]) for row in rows], batch_size=batch_size, dtype=dtype)
-    image, blind = found.image[owners_T[rows]], found.image.mean(axis=0)
-    scores = pair_scores(image, found.text[rows], wrong, blind_D=blind, seed=seed)
-    return scores | {"unswappable": len(swaps) - len(rows)}

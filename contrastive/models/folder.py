@@ -196,7 +196,7 @@ def _open_folder(folder: Path, text: bool) -> TwoTower:
 
 
 def _assumed(model: TwoTower, folder: Path) -> str:
-    """The warning about an open_clip model whose mean and std were not saved; it names the values of open_clip's tags."""
+    """The warning about an open_clip model without saved mean and std; it names the values of open_clip's tags."""
     tags = open_clip.list_pretrained_tags_by_model(model.name)
     size = {"size": model.input_size}
     known = {Preprocessing.of_open_clip({**open_clip.get_pretrained_cfg(model.name, tag), **size}) for tag in tags}

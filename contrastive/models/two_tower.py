@@ -109,7 +109,10 @@ class TwoTower(nn.Module):
             raise UserError(f"preprocessing: {self.name} was opened without its text tower; open the whole model first")
         self._preprocessing = value
         if (tuple(self.image.mean), tuple(self.image.std)) != (value.mean, value.std):
-            self.image.mean, self.image.std = value.mean, value.std  # equal integers stay integers: their JSON is hashed
+            self.image.mean, self.image.std = (
+                value.mean,
+                value.std,
+            )  # equal integers stay integers: their JSON is hashed
         # 255 belongs to the constants: uint8 pixels become normalised floats in one fused pass.
         self.pixel_mean.copy_(torch.tensor(value.mean).view(1, 3, 1, 1) * 255)
         self.pixel_std.copy_(torch.tensor(value.std).view(1, 3, 1, 1) * 255)

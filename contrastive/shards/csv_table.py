@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from contrastive.errors import UserError
-from contrastive.shards.parquet_table import one_line
 from contrastive.shards.record import IMAGE_EXTENSIONS
 from contrastive.shards.tables import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES
 from contrastive.shards.text_lines import Lines
 from contrastive.shards.text_tables import Placed, TextSource
+from contrastive.wording import one_line
 
 ROW_LINES = 200  # of a row of a CSV file, at most; captions may have line breaks
 SEPARATORS = "\t,;|"

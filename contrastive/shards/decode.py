@@ -319,7 +319,12 @@ def _said_late(image: Image.Image, data: bytes | memoryview) -> bool:
 @contextmanager
 def _quiet(kind: str | None) -> Iterator[None]:
     """Suppress Pillow's warnings about odd EXIF blocks."""
-    if kind in ("png", "webp", "PNG", "WEBP"):  # their EXIF is not parsed at opening; entering `catch_warnings` costs time
+    if kind in (
+        "png",
+        "webp",
+        "PNG",
+        "WEBP",
+    ):  # their EXIF is not parsed at opening; entering `catch_warnings` costs time
         yield
         return
     with warnings.catch_warnings():

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from contrastive.shards.files import read_regular
 from contrastive.shards.listing import Listing, unread_reason
-from contrastive.shards.record import Part, Record, SkippedRow, Source
+from contrastive.shards.record import NumberedSource, Record, SkippedRow
 from contrastive.shards.scan import caption_text
+from contrastive.wording import first_few
 
 SAMPLE = 1000  # caption files that are read at opening, to see whether they have several lines
 
 
-class ImageFolder(Source):
+class ImageFolder(NumberedSource):
     """Image files; the key is the path below the folder, with its extension.
 
     The text of cat.txt, without white space at its ends, is the one caption of cat.jpg. Names are compared without
@@ -57,28 +58,18 @@ class ImageFolder(Source):
     def _count(self) -> int:
         return len(self.files)
 
-    def _row_starts(self) -> Iterator[Iterable[int]]:
-        yield range(len(self.files))
-
-    def read(self, part: Part) -> Iterator[Record]:
-        for segment in part.segments:
-            yield from self._read(self.files[segment.at : segment.at + segment.rows])
-
-    def _records(self) -> Iterator[Record]:
-        return self._read(self.files)
-
-    def _read(self, files: list[Path]) -> Iterator[Record]:
-        for file in files:
-            image, fault = read_regular(file)
-            captions, caption_fault, detail = self._texts.read(file)
-            yield Record(
-                key=self._key(file),
-                image=image,
-                captions=captions,
-                label=self._label(file),
-                fault=fault or caption_fault,
-                detail=None if fault else detail,
-            )
+    def _record(self, i: int) -> Record:
+        file = self.files[i]
+        image, fault = read_regular(file)
+        captions, caption_fault, detail = self._texts.read(file)
+        return Record(
+            key=self._key(file),
+            image=image,
+            captions=captions,
+            label=self._label(file),
+            fault=fault or caption_fault,
+            detail=None if fault else detail,
+        )
 
     def _key(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()
@@ -119,10 +110,10 @@ class ImageFolder(Source):
         level = [(*self._folders(path), path.name) for path in folders if path != self.root]
         empty = sorted({path[-1] for path in level if path[:-1] == above} - classes)
         if empty:
-            yield f"no image in the class folders: {_named(empty)}"
+            yield f"no image in the class folders: {first_few(empty)}"
         outside = [file.name for file in self.files if self._label(file) is None]
         if outside:
-            yield f"{len(outside):,} images are outside the class folders and have no label: {_named(outside)}"
+            yield f"{len(outside):,} images are outside the class folders and have no label: {first_few(outside)}"
 
 
 class Captions:
@@ -190,7 +181,3 @@ def _class_level(parents: set[tuple[str, ...]]) -> int | None:
     while len({parts[: level + 1] for parts in parents}) == 1 and all(len(parts) > level + 1 for parts in parents):
         level += 1
     return level
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from contrastive.errors import UserError
-from contrastive.shards.parquet_table import ArrowSource, one_line, rows_between
+from contrastive.shards.parquet_table import ArrowSource, rows_between
 from contrastive.shards.record import Segment
 from contrastive.shards.tables import Row
+from contrastive.wording import one_line
 
 
 def saved_splits(folder: Path) -> list[str]:
@@ -74,5 +75,5 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
-        raise UserError(f"{file}: not readable ({str(fault).splitlines()[0]}); save the data set again") from None
+        raise UserError(f"{file}: not readable ({one_line(fault)}); save the data set again") from None
     return value if isinstance(value, dict) else {}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from contrastive.shards.index import PathLike
 from contrastive.shards.making import make_shards
-from contrastive.shards.record import Part, Record, Source
+from contrastive.shards.record import NumberedSource, Record, Source
 from contrastive.shards.write import Manifest
 
 
-class MemorySource(Source):
+class MemorySource(NumberedSource):
     """Records that are in memory."""
 
     kind = "records"
@@ -20,21 +20,14 @@ class MemorySource(Source):
     def __init__(self, records: Iterable[Record]) -> None:
         self.records, self.columns, self.files = list(records), [], []
 
-    def read(self, part: Part) -> Iterator[Record]:
-        for segment in part.segments:
-            yield from self.records[segment.at : segment.at + segment.rows]
-
     def identity(self) -> dict[str, Any]:
         digest = hashlib.blake2b(digest_size=16)
         for record in self.records:
             digest.update(repr(record).encode("utf-8", "surrogatepass"))
         return {"kind": self.kind, "digest": digest.hexdigest(), "limit": self.limit}
 
-    def _row_starts(self) -> Iterator[Iterable[int]]:
-        yield range(len(self.records))
-
-    def _records(self) -> Iterator[Record]:
-        return iter(self.records)
+    def _record(self, i: int) -> Record:
+        return self.records[i]
 
     def _count(self) -> int:
         return len(self.records)

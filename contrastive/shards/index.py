@@ -25,6 +25,7 @@ from contrastive.shards.scan import Scan, caption_id, caption_text, json_caption
 from contrastive.shards.shard_list import PathLike, Shard, find_shards
 from contrastive.shards.tables_file import load_tables, save_tables
 from contrastive.shards.tar import DamagedShard
+from contrastive.wording import first_few
 
 __all__ = ["PathLike", "ShardIndex", "caption_id", "find_shards", "open_index"]
 
@@ -138,10 +139,9 @@ class ShardIndex:
                 if sha256_of(storage.local_path(shard)) != described["sha256"]:
                     wrong.append(described["name"])
         if wrong:
-            names = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             raise UserError(
-                f"{self.folder}: {names}: not the bytes that were indexed, under the same size and time; copy them "
-                "again, or touch them to have them indexed as they are"
+                f"{self.folder}: {first_few(wrong)}: not the bytes that were indexed, under the same size and time; "
+                "copy them again, or touch them to have them indexed as they are"
             )
 
     def _json(self, i: int) -> dict[str, Any]:

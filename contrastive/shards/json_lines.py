@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from contrastive.errors import UserError
-from contrastive.shards.parquet_table import one_line
+from contrastive.json_object import RepeatedKey, strict_object
 from contrastive.shards.tables import SAMPLE
 from contrastive.shards.text_lines import Lines
 from contrastive.shards.text_tables import Placed, TextSource
+from contrastive.wording import one_line
 
 
 class JsonLinesSource(TextSource):
@@ -41,8 +42,8 @@ class JsonLinesSource(TextSource):
     def _parsed(self, line: str, lines: Lines) -> dict[str, Any]:
         where = f"{lines.path}: line {lines.number}"
         try:
-            row = json.loads(line, object_pairs_hook=_object, parse_constant=_missing)
-        except _Twice as name:
+            row = json.loads(line, object_pairs_hook=strict_object, parse_constant=_missing)
+        except RepeatedKey as name:
             raise UserError(f"{where} has two values for '{name}'; keep one") from None
         except (ValueError, RecursionError) as fault:
             what = "nested too deeply" if isinstance(fault, RecursionError) else one_line(fault)
@@ -52,18 +53,6 @@ class JsonLinesSource(TextSource):
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object; give one JSON object a line")
         return row
-
-
-class _Twice(Exception):
-    """An object that names a value twice."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(next(name for name in names if names.count(name) > 1))
-    return found
 
 
 def _missing(constant: str) -> None:

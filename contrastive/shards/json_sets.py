@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from contrastive.errors import UserError
-from contrastive.shards.files import read_regular
-from contrastive.shards.record import Part, Record, Source
+from contrastive.shards.record import NumberedSource, Record
 from contrastive.shards.splits import several_splits, wanted_splits
+from contrastive.shards.table_images import ImageReader
+from contrastive.wording import one_line
 
 LAYOUTS = (
     'COCO\'s captions ({"images": [...], "annotations": [{"image_id", "caption"}]}) and Karpathy\'s splits '
@@ -28,7 +29,7 @@ class Entry(NamedTuple):
     captions: tuple[str, ...]
 
 
-class JsonSet(Source):
+class JsonSet(NumberedSource):
     """One record an image, with all its captions; the key is the image's path in the folder of images.
 
     Args:
@@ -46,6 +47,7 @@ class JsonSet(Source):
         self.files, self.columns, self.split = [file], [], split
         value = _read(file)
         self._notes: list[str] = []
+        self._reader: ImageReader | None = None
         left: Counter[str] = Counter()
         if any(isinstance(one, dict) and "sentences" in one for one in _listed(value, "images")):
             self.entries = list(_karpathy(file, value, split, self._notes, left))
@@ -66,23 +68,12 @@ class JsonSet(Source):
         more = {"folder": os.path.abspath(self.folder), "split": self.split, "allow_outside": self.allow_outside}
         return {**super().identity(), **more}
 
-    def read(self, part: Part) -> Iterator[Record]:
-        for segment in part.segments:
-            yield from map(self._record, self.entries[segment.at : segment.at + segment.rows])
-
-    def _record(self, entry: Entry) -> Record:
-        path = os.path.join(self.folder, entry.path)
-        image, fault = None, "path outside the folder of images"
-        if self.allow_outside or _inside(self.folder, path):
-            image, fault = read_regular(Path(path))  # type: ignore[assignment]
-            fault = fault or (None if image is not None else "no such file")  # type: ignore[assignment]
-        return Record(entry.path, image, entry.captions, fault=fault, detail=path if fault else None)
-
-    def _records(self) -> Iterator[Record]:
-        return map(self._record, self.entries)
-
-    def _row_starts(self) -> Iterator[Iterable[int]]:
-        yield range(len(self.entries))
+    def _record(self, i: int) -> Record:
+        entry = self.entries[i]
+        if self._reader is None or self._reader.allow_outside != self.allow_outside:
+            self._reader = ImageReader(self.folder, self.allow_outside, "the folder of images")
+        image, fault, detail = self._reader.read(entry.path)
+        return Record(entry.path, image, entry.captions, fault=fault, detail=detail)
 
     def _count(self) -> int:
         return len(self.entries)
@@ -95,7 +86,7 @@ def _read(file: Path) -> Mapping[str, Any]:
         raise UserError(f"{file}: not UTF-8; save it as UTF-8") from None
     except (ValueError, RecursionError) as fault:
         raise UserError(
-            f"{file}: not one JSON value ({str(fault).splitlines()[0]}); if it holds one object a line, name it .jsonl"
+            f"{file}: not one JSON value ({one_line(fault)}); if it holds one object a line, name it .jsonl"
         ) from None
     if isinstance(value, list):
         raise UserError(
@@ -184,11 +175,6 @@ def _images_folder(file: Path, named: str | None, paths: list[str]) -> Path:
             return folder
     where = ", ".join(str(folder) for folder in likely[:4])
     raise UserError(f"{file}: no image {paths[0]} in {where}; give the folder of the images: --images FOLDER")
-
-
-def _inside(folder: Path, path: str) -> bool:
-    real = os.path.realpath(folder)
-    return os.path.commonpath([real, os.path.realpath(path)]) == real
 
 
 def _listed(value: Any, name: str) -> list[Mapping[str, Any]]:

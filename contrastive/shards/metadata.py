@@ -23,7 +23,9 @@ def metadata_tables(found: Listing) -> list[Path]:
         raise UserError(f"{tables[0].parent}: holds {tables[0].name} and {tables[-1].name}; give one of them by name")
     stems = {(image.parent, image.stem.casefold()) for image in found.images} if tables else set()
     if any((text.parent, text.stem.casefold()) in stems for text in found.texts):
-        raise UserError(f"{tables[0]}: the folder holds .txt captions too; give the table by name, or move it out of the folder")
+        raise UserError(
+            f"{tables[0]}: the folder holds .txt captions too; give the table by name, or move it out of the folder"
+        )
     return tables
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from contrastive.errors import UserError
 from contrastive.shards.record import Segment
 from contrastive.shards.tables import Row, TableSource
+from contrastive.wording import one_line
 
 
 class ArrowSource(TableSource):
@@ -121,7 +122,3 @@ def rows_between(batches: Iterable[Any], segment: Segment, first: int = 0) -> It
         if start < stop:
             yield from enumerate(batch.slice(start, stop - start).to_pylist(), first + start + 1)
         first += batch.num_rows
-
-
-def one_line(fault: BaseException) -> str:
-    return str(fault).split("\n")[0]

@@ -36,7 +36,7 @@ class Record:
 
     @property
     def image_fault(self) -> str | None:
-        """The fault; None for a fault of the caption (its text begins with this word): the image can be used without."""
+        """The fault; None for a fault of the caption (its text begins with this word): the image can be used."""
         of_caption = self.image is not None and self.fault is not None and self.fault.startswith("caption")
         return None if of_caption else self.fault
 
@@ -174,6 +174,23 @@ class Source:
 
     def _count(self) -> int:
         raise NotImplementedError
+
+
+class NumberedSource(Source):
+    """A source whose records are found by their number, such as the items of a list."""
+
+    def _record(self, i: int) -> Record:
+        raise NotImplementedError
+
+    def read(self, part: Part) -> Iterator[Record]:
+        for segment in part.segments:
+            yield from map(self._record, range(segment.at, segment.at + segment.rows))
+
+    def _records(self) -> Iterator[Record]:
+        return map(self._record, range(self._count()))
+
+    def _row_starts(self) -> Iterator[Iterable[int]]:
+        yield range(self._count())
 
 
 MAX_IMAGE_BYTES = 32 << 20  # of one encoded image

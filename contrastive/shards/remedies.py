@@ -31,11 +31,6 @@ REMEDIES: dict[str, tuple[str, str]] = {
         'write it as JSON, like ["a cat", "a dog"]',
     ),
     "path outside the folder of images": ("name a file outside the folder of images", "--allow-outside reads them"),
-    "several images of one name": (
-        "have the name of another image, so that the caption file may belong to either",
-        "rename or delete one",
-    ),
-    "several caption files": ("have several caption files", "delete those that are not the caption"),
     "not a regular file": ("name something that is not a regular file", "give the paths of image files"),
     "image too large": ("have an image file that is too large", "shrink the files first"),
     "unknown image format": (

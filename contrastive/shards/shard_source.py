@@ -1,14 +1,14 @@
 """Existing tar shards as a source."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from contrastive.shards.index import ShardIndex
-from contrastive.shards.record import Part, Record, Rejected, SkippedRow, Source
+from contrastive.shards.record import NumberedSource, Record, Rejected, SkippedRow
 
 
-class ShardSource(Source):
+class ShardSource(NumberedSource):
     """The pairs of existing tar shards, in order."""
 
     kind = "shards"
@@ -31,16 +31,6 @@ class ShardSource(Source):
 
     def identity(self) -> dict[str, Any]:
         return {"kind": self.kind, "fingerprint": self.index.fingerprint, "limit": self.limit}
-
-    def _row_starts(self) -> Iterator[Iterable[int]]:
-        yield range(len(self.index))
-
-    def read(self, part: Part) -> Iterator[Record]:
-        for segment in part.segments:
-            yield from map(self._record, range(segment.at, segment.at + segment.rows))
-
-    def _records(self) -> Iterator[Record]:
-        return map(self._record, range(len(self.index)))
 
     def _record(self, i: int) -> Record:
         try:

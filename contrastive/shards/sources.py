@@ -22,6 +22,7 @@ from contrastive.shards.record import Source
 from contrastive.shards.shard_source import ShardSource
 from contrastive.shards.splits import choose_split, group_by_split, several_splits, split_level, wanted_splits
 from contrastive.shards.tables import TableSource
+from contrastive.wording import first_few
 
 
 def open_source(
@@ -225,7 +226,7 @@ def _one_split(folder: Path, files: list[Path], split: str | None) -> list[Path]
 
 def _several_folders(folder: Path, above: set[Path], what: str) -> UserError:
     names = sorted(str(one.relative_to(folder)) for one in above)
-    return UserError(f"{folder}: {what} lie in several folders ({', '.join(names[:5])}); give one: {folder / names[0]}")
+    return UserError(f"{folder}: {what} lie in several folders ({first_few(names)}); give one: {folder / names[0]}")
 
 
 def _table_kind(file: Path) -> str:

@@ -17,7 +17,6 @@ from contrastive.shards.files import read_regular
 from contrastive.shards.record import image_extension
 
 URL_FAULT = "URL, not a file (download the images with img2dataset)"
-OUTSIDE_FAULT = "path outside the table's folder"
 MISSING_FAULT = "no such file"
 LONGEST_DETAIL = 300  # characters of a value that is shown
 LEAST_BASE64 = 40  # characters: the smallest image, a GIF of one pixel, has 35 bytes
@@ -34,10 +33,14 @@ Found = tuple[bytes | None, str | None, str | None]
 class ImageReader:
     """Reads the images that the rows of a table name; paths are relative to the table's folder.
 
-    allow_outside: read paths that leave the folder.
+    Args:
+        folder: the folder that paths are relative to.
+        allow_outside: read paths that leave the folder.
+        name: the folder, as the fault of a path outside names it.
     """
 
-    def __init__(self, folder: Path, allow_outside: bool) -> None:
+    def __init__(self, folder: Path, allow_outside: bool, name: str = "the table's folder") -> None:
+        self._outside = f"path outside {name}"
         self.folder, self.allow_outside = os.path.abspath(folder), allow_outside
         self._real = os.path.realpath(folder)
 
@@ -106,7 +109,7 @@ class ImageReader:
             if not self.allow_outside:
                 path = os.path.realpath(path)
                 if os.path.commonpath([self._real, path]) != self._real:
-                    return None, OUTSIDE_FAULT, path[:LONGEST_DETAIL]
+                    return None, self._outside, path[:LONGEST_DETAIL]
             data, fault = read_regular(Path(path))
             if data is not None:
                 return data, None, None

@@ -18,8 +18,8 @@ from PIL import Image
 
 from contrastive.errors import UserError
 from contrastive.evaluation import LinearProbe, ZeroShotClassifier, embed, load_classifier
-from contrastive.evaluation.embed import decoded_images
 from contrastive.evaluation.examples import _images
+from contrastive.evaluation.items import decoded_images
 from contrastive.images import to_rgb
 from contrastive.orientation import jpeg_orientation
 from contrastive.preprocessing import centre_square

@@ -1,0 +1,17 @@
+"""Parts of the one-line messages that commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def one_line(fault: BaseException) -> str:
+    """The first line of an error's text; the name of its type where it has no text."""
+    return next(iter(str(fault).strip().splitlines()), type(fault).__name__)
+
+
+def first_few(names: Iterable[object], most: int = 5) -> str:
+    """Names with commas between them, at most `most`, and the number of the others: "a, b and 3 more"."""
+    every = [str(name) for name in names]
+    more = f" and {len(every) - most:,} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
