@@ -44,14 +44,13 @@ Shard = str | os.PathLike[str]
 
 
 class ShardUnavailable(Rejected):
-    """No local copy of a shard is to be had. Its text, unlike its reason, names the shard, the cause and the remedy."""
+    """A shard could not be downloaded. Its text, unlike its reason, names the shard, the cause and the remedy."""
 
     def __init__(self, detail: str) -> None:
-        super().__init__("shard unavailable")
-        self.detail = detail
+        super().__init__("shard unavailable", detail)
 
     def __str__(self) -> str:
-        return self.detail
+        return self.detail or self.reason
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardUnavailable, (self.detail,)
