@@ -39,12 +39,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def flatten(image: Image.Image) -> Image.Image:
     """`to_rgb` without turning; `image` itself where it is RGB already."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image
     key = _Key(image)  # before loading, when Pillow drops what it needs
     image.load()
     if key:
         return key.over_white(image)
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_deep(image)).convert("RGB")
     if _has_alpha(image):

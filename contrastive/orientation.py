@@ -20,6 +20,7 @@ _TURNS = {
 # Formats whose EXIF says how to turn what Pillow decodes. Decoders of HEIF and JPEG XL turn by themselves, by what
 # their container says, and leave the camera's tag in place.
 _TAGGED = (None, "JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF")
+_BLOCKS = frozenset(("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"))  # of `Image.info`
 _TAG = 274
 _BYTES_OF_TYPE = {1: 1, 3: 2, 4: 4}  # BYTE, SHORT, LONG
 _XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
@@ -57,13 +58,14 @@ def orientation_of(image: Image.Image) -> int:
 
     A PNG may hold its EXIF after its pixels, and Pillow turns a TIFF while it loads: load the image first.
     """
-    if image.format not in _TAGGED:
-        return 1
-    if hasattr(image, "tag_v2"):
+    if image.format == "TIFF":
         return _of_tiff(image)
+    if _BLOCKS.isdisjoint(image.info) or image.format not in _TAGGED:
+        return 1
     found = exif_orientation(_exif_block(image))
-    if found is None and image.format != "AVIF":
-        found = xmp_orientation(image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b"")
+    packet = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp")
+    if found is None and packet and image.format != "AVIF":
+        found = xmp_orientation(packet)
     return found if found in _TURNS else 1
 
 
@@ -124,25 +126,24 @@ def xmp_orientation(block: bytes | str) -> int | None:
 
 def jpeg_orientation(data: bytes | memoryview) -> int:
     """The orientation, 1 to 8, read from the segments before a JPEG's pixels, without an image library."""
-    at, end = 2, len(data) - 4
-    exif, xmp = b"", b""
-    while at <= end:
-        if data[at] != 0xFF:  # stray bytes between segments, which libjpeg passes over
-            at += 1
-            continue
-        marker = data[at + 1]
-        if marker == 0xE1:
-            body = bytes(data[at + 4 : at + 2 + (data[at + 2] << 8 | data[at + 3])])
-            if body.startswith(b"Exif\0\0"):
-                exif += body[6:] if exif else body  # a block longer than a segment continues in the next
-            elif not xmp and body.startswith(_XMP_MARK):
-                xmp = body
-        elif marker == 0xDA:
-            break
-        elif marker == 0xFF or marker == 0 or 0xD0 <= marker <= 0xD9 or marker == 1:  # a filling byte, or no segment
-            at += 1 if marker == 0xFF else 2
-            continue
-        at += 2 + (data[at + 2] << 8 | data[at + 3])
+    at, exif, xmp = 2, b"", b""
+    try:
+        while (marker := data[at + 1] if data[at] == 0xFF else 0xFF) != 0xDA:
+            if marker < 0xC0 or 0xD0 <= marker < 0xDA:  # no segment
+                at += 2
+                continue
+            if marker == 0xFF:  # filling or stray bytes between segments, which libjpeg passes over
+                at += 1
+                continue
+            if marker == 0xE1:
+                body = bytes(data[at + 4 : at + 2 + (data[at + 2] << 8 | data[at + 3])])
+                if body.startswith(b"Exif\0\0"):
+                    exif += body[6:] if exif else body  # a block longer than a segment continues in the next
+                elif not xmp and body.startswith(_XMP_MARK):
+                    xmp = body
+            at += 2 + (data[at + 2] << 8 | data[at + 3])
+    except IndexError:  # cut off
+        pass
     if not exif and not xmp:
         return 1
     found = exif_orientation(exif) if exif else None

@@ -4,7 +4,7 @@ import functools
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -56,8 +56,6 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "gif": GifImagePlugin.GifImageFile,
     "bmp": BmpImagePlugin.BmpImageFile,
     "tiff": TiffImagePlugin.TiffImageFile,
-    "jp2": Jpeg2KImagePlugin.Jpeg2KImageFile,
-    "j2k": Jpeg2KImagePlugin.Jpeg2KImageFile,
     "ppm": PpmImagePlugin.PpmImageFile,
     "pfm": PpmImagePlugin.PpmImageFile,
 }
@@ -152,7 +150,7 @@ def missing_decoder(extension: str) -> str | None:
         return "HEIC: install contrastive[heif]"
     if extension == "avif" and _avif() is None:
         return "AVIF: install pillow>=11.3"
-    if extension in ("jp2", "j2k") and not features.check("jpg_2000"):
+    if extension in ("jp2", "j2k") and _jpeg_2000() is None:
         return "JPEG 2000: install a Pillow with OpenJPEG"
     return "JPEG XL: not read; save it as JPEG or PNG" if extension == "jxl" else None
 
@@ -202,6 +200,19 @@ def _avif() -> Callable[[io.BytesIO], Image.Image] | None:
             return AvifImagePlugin.AvifImageFile(io.BytesIO(file.getvalue().replace(b"Exif", b"none")))
 
     return opener if features.check("avif") else None
+
+
+def _jpeg_2000() -> Callable[[io.BytesIO], Image.Image] | None:
+    return Jpeg2KImagePlugin.Jpeg2KImageFile if features.check("jpg_2000") else None
+
+
+# By extension: calls that give the plugin, or None where it is not installed.
+_OPTIONAL = {
+    "heic": lambda: _heif(),
+    "avif": lambda: _avif(),
+    "jp2": lambda: _jpeg_2000(),
+    "j2k": lambda: _jpeg_2000(),
+}
 
 
 def _with_simplejpeg(data: bytes | memoryview, shrink: Shrink | None, scratch: np.ndarray | None) -> np.ndarray | None:
@@ -270,11 +281,13 @@ def _open(data: bytes | memoryview) -> Image.Image:
         fault = "truncated or damaged"  # it begins like one of our formats: it was an image
     if extension is None:
         raise Rejected("not an image")
-    missing = missing_decoder(extension)
-    if missing is not None:
-        raise Rejected(missing)
-    plugin = _PLUGINS.get(extension) or (_heif() if extension == "heic" else _avif())
-    assert plugin is not None
+    plugin = _PLUGINS.get(extension)
+    if plugin is None:
+        missing = missing_decoder(extension)
+        if missing is not None:
+            raise Rejected(missing)
+        plugin = _OPTIONAL[extension]()
+        assert plugin is not None
     try:
         with _quiet(extension):
             image = plugin(io.BytesIO(data))
@@ -294,7 +307,8 @@ def _load(image: Image.Image, data: bytes | memoryview) -> Image.Image:
             if not animated:
                 picture = flatten(image)
                 orientation = jpeg_orientation(data) if image.format == "JPEG" else orientation_of(image)
-                picture = turn(picture, orientation)
+                if orientation != 1:
+                    picture = turn(picture, orientation)
     except Unshowable as fault:
         raise Rejected(fault.reason) from None
     except Exception:
@@ -316,17 +330,16 @@ def _said_late(image: Image.Image, data: bytes | memoryview) -> bool:
     return not image.info.get("exif") and any(mark in bytes(data) for mark in (b"eXIf", b"type exif", b"adobe.xmp"))
 
 
+def _quiet(kind: str | None) -> AbstractContextManager[None]:
+    """Suppress Pillow's warnings about odd EXIF blocks. PNG and WebP have none: their EXIF is not parsed."""
+    return _LOUD if kind in ("png", "webp", "PNG", "WEBP") else _silence()
+
+
+_LOUD = nullcontext()
+
+
 @contextmanager
-def _quiet(kind: str | None) -> Iterator[None]:
-    """Suppress Pillow's warnings about odd EXIF blocks."""
-    if kind in (
-        "png",
-        "webp",
-        "PNG",
-        "WEBP",
-    ):  # their EXIF is not parsed at opening; entering `catch_warnings` costs time
-        yield
-        return
+def _silence() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
