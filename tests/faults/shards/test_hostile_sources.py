@@ -27,7 +27,6 @@ def test_a_fifo_is_counted_and_not_waited_for(tmp_path: Path, place: str) -> Non
     os.mkfifo(tmp_path / "pipe.png")
     source = open_source(path if place == "table" else [tmp_path / "ok.png"])
     if place == "folder":
-        path.unlink()
         source = open_source(tmp_path)
     made = write_shards(source, tmp_path / "out")
     left_out = {".csv (a table: give it by name)": 1} if place == "folder" else {}
