@@ -38,7 +38,8 @@ def gradients(rank: int, world: int, corpus: Path, run_dir: Path, overrides: lis
 
         train_tokenizer(data.captions(), vocab_size=300).save(str(path))
     accelerator.wait_for_everyone()
-    config = tiny_config(corpus, run_dir / f"rank-{rank}" / "run", *EXACT, *overrides, f"model.tokenizer.path={path}")
+    trained = [f"model.tokenizer.path={path}", "model.tokenizer.vocab_size=8000"]
+    config = tiny_config(corpus, run_dir / f"rank-{rank}" / "run", *EXACT, *overrides, *trained)
     trainer = build_trainer(config, accelerator, build_model(config), data, quiet=True)
     batch = next(iter(trainer.make_loader(0)))
     out = trainer.model(batch.pixels, batch.tokens)

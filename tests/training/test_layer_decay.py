@@ -21,7 +21,7 @@ DECAY = [
 
 def test_the_first_step_of_adam_moves_each_layer_by_its_own_rate(make_config, corpus, tmp_path):
     train_tokenizer(["red square"] * 3, vocab_size=300).save(str(tmp_path / "tokenizer.json"))
-    config = make_config(*DECAY, f"model.tokenizer.path={tmp_path}/tokenizer.json")
+    config = make_config(*DECAY, f"model.tokenizer.path={tmp_path}/tokenizer.json", "model.tokenizer.vocab_size=8000")
     model = build_model(config)
     before = copy.deepcopy(model.state_dict())
     trainer = build_trainer(config, build_accelerator(config), model, build_data(config), quiet=True)

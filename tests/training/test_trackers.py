@@ -67,7 +67,7 @@ pretrain(tiny_config(Path({str(corpus)!r}), Path({str(tmp_path)!r}) / "mine", *o
 
 
 def test_the_utilisation_is_the_rate_times_the_operations_over_the_peak(make_config):
-    config = make_config("track.mfu=true", "train.steps=2", "model.text.depth=0")
+    config = make_config("track.mfu=true", "train.steps=2", "model.text.depth=0", "model.text.heads=4")
     pretrain(config, quiet=True)
     for row in read_metrics(Path(config.run.dir) / "metrics.jsonl")[:2]:
         used = row["train/pairs_per_second"] * row["train/flops_per_pair"]
