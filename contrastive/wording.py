@@ -15,3 +15,8 @@ def first_few(names: Iterable[object], most: int = 5) -> str:
     every = [str(name) for name in names]
     more = f" and {len(every) - most:,} more" if len(every) > most else ""
     return ", ".join(every[:most]) + more
+
+
+def short(name: str, most: int = 40) -> str:
+    """A name of at most `most` characters; the end of a longer one is "…"."""
+    return name if len(name) <= most else f"{name[:most]}…"

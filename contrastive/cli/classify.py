@@ -131,7 +131,7 @@ def _fit(args: argparse.Namespace, model: Any, classifier: Any) -> None:
     from contrastive.evaluation import embed, open_labelled
     from contrastive.evaluation.calibration import expected_error
     from contrastive.evaluation.class_names import named_labels
-    from contrastive.evaluation.labelled import no_label
+    from contrastive.evaluation.labelled import check_labels_given, no_label
 
     if args.validation is None:
         if args.class_names is not None:
@@ -143,7 +143,8 @@ def _fit(args: argparse.Namespace, model: Any, classifier: Any) -> None:
     found = embed(model, validation, text=False, invert=args.invert)
     print_left_out(validation, found.outcomes, "--validation: ")
     if found.labels is None:
-        raise no_label(f"--validation {args.validation}", found.unlabelled)
+        raise no_label(f"--validation {args.validation}", found.unlabelled, validation)
+    check_labels_given(f"--validation {args.validation}", found.labels, found.keys, validation)
     names = None if args.class_names is None else read_class_names(args.class_names)
     labels = named_labels(found.labels, names, f"--class-names {args.class_names}")
     if args.multilabel:

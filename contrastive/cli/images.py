@@ -21,8 +21,8 @@ NAME_BYTES = 255  # of one part of a path, on every usual file system
 def open_arguments(images: Sequence[str], model: str, *, split: str | None = None) -> Any:
     """The images as `embed` takes them: a source, or a list of files, with keys as they were typed.
 
-    One folder, table, set of shards or pattern is a source of its own. Several arguments are image files, patterns and
-    folders of images. split: of one folder or table that holds several.
+    One folder, table, set of shards or pattern is a source of its own; every row of a table is an item. Several
+    arguments are image files, patterns and folders of images. split: of one folder or table that holds several.
 
     Raises `UserError` for what is none of these (a URL, a data URI, standard input, a model), with the remedy.
     """
@@ -35,7 +35,7 @@ def open_arguments(images: Sequence[str], model: str, *, split: str | None = Non
     found = [images[0]] if os.path.lexists(images[0]) else sorted(glob.glob(images[0], recursive=True))
     if split is None and found and all(_is_picture(file) for file in found):
         return found  # as a shell lists them
-    return open_source(images[0], split=split)
+    return open_source(images[0], split=split, group=False)
 
 
 class Several(list[str]):

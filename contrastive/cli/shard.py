@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from contrastive.shards.left_out import left_out_line
     from contrastive.shards.remedies import hint
     from contrastive.shards.skipped import REJECTED
+    from contrastive.shards.tables import GROUPED
     from contrastive.shards.write import check_writable
 
     if args.ray is not None and args.workers != 1:
@@ -107,7 +108,9 @@ def run(args: argparse.Namespace) -> int:
         split=args.split,
         images=args.images,
     )
-    for line in (*source.notes, left_out_line(source.rejected)):
+    apart = "; --no-group keeps the rows apart"
+    notes = [line + apart if line.startswith(GROUPED) else line for line in source.notes]
+    for line in (*notes, left_out_line(source.rejected)):
         if line:
             print(line)
     manifest = make_shards(

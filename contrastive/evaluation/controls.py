@@ -21,7 +21,7 @@ from contrastive.evaluation.class_names import ClassNames, named_labels
 from contrastive.evaluation.class_weights import ClassWeight
 from contrastive.evaluation.embed import Extracted, Progress, extract, on_pixels
 from contrastive.evaluation.items import Images
-from contrastive.evaluation.labelled import check_complete, open_labelled
+from contrastive.evaluation.labelled import check_labels_given, open_labelled
 from contrastive.evaluation.labels import spelling_remarks
 from contrastive.evaluation.metrics import accuracies, class_ranks
 from contrastive.evaluation.probe import LinearProbe
@@ -103,7 +103,7 @@ def probe_with_controls(
         opened = open_labelled(source, label=label)
         found = extract(model, opened, functions, batch_size=batch_size, invert=invert, dtype=dtype, progress=progress)
         keys = [record.key for record in found.records]
-        labels = check_complete(str(source), [record.label for record in found.records], keys)
+        labels = check_labels_given(str(source), [record.label for record in found.records], keys, opened)
         remarks.extend(line for line in source_remarks(opened) if line not in remarks)
         return found, np.asarray(named_labels(labels, class_names, f"{source}: class names"))
 

@@ -26,7 +26,7 @@ from contrastive.evaluation.embed import Embeddings, Progress, embed, embed_text
 from contrastive.evaluation.examples import Examples, draw_examples
 from contrastive.evaluation.figures import Map, embedding_map
 from contrastive.evaluation.items import Images
-from contrastive.evaluation.labelled import no_label, open_labelled
+from contrastive.evaluation.labelled import check_labels_given, no_label, open_labelled
 from contrastive.evaluation.labels import check_labels, check_several, in_order, number_remark, spelling_remarks
 from contrastive.evaluation.predictions import Predictions
 from contrastive.evaluation.probed import fit_probes, judge_probe, pixel_rows
@@ -149,7 +149,8 @@ def evaluate_labelled(
             progress=progress,
         )
         if found.labels is None:
-            raise no_label(f"{name}: {source}", found.unlabelled)
+            raise no_label(f"{name}: {source}", found.unlabelled, opened)
+        check_labels_given(f"{name}: {source}", found.labels, found.keys, opened)
         check_finite(str(source), found.keys, found.image)
         remarks.extend(line for line in source_remarks(opened) if line not in remarks)
         named = named_labels(found.labels, class_names, f"{source}: class names")

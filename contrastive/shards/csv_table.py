@@ -10,10 +10,11 @@ from pathlib import Path
 
 from contrastive.errors import UserError
 from contrastive.shards.record import IMAGE_EXTENSIONS
+from contrastive.shards.table_images import is_base64_image
 from contrastive.shards.tables import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES
 from contrastive.shards.text_lines import Lines
 from contrastive.shards.text_tables import Placed, TextSource
-from contrastive.wording import one_line
+from contrastive.wording import one_line, short
 
 ROW_LINES = 200  # of a row of a CSV file, at most; captions may have line breaks
 SEPARATORS = "\t,;|"
@@ -153,7 +154,7 @@ class CsvSource(TextSource):
         counts = (
             f"{found} field{'s' * (found != 1)}, but the header names {len(columns)} column{'s' * (len(columns) != 1)}"
         )
-        return UserError(f"{path}: line {line} has {counts} ({', '.join(columns)}); {remedy}")
+        return UserError(f"{path}: line {line} has {counts} ({', '.join(map(short, columns))}); {remedy}")
 
     def _holds_rows(self, raw: list[str], cells: list[str], file: int) -> bool:
         """Whether more than one line of a row names an image in the place of that column."""
@@ -213,7 +214,7 @@ def _is_data(path: Path, name: str) -> bool:
     """Whether what should be the name of a column looks like an image, or is one."""
     if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and "." in name:
         return True
-    if "://" in name or name.startswith("data:") or len(name) > 200:
+    if "://" in name or name.startswith("data:") or len(name) > 200 or is_base64_image(name):
         return True
     return "/" in name and (path.parent / name).is_file()
 

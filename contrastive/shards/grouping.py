@@ -105,7 +105,7 @@ def roles_of(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     if apart > MAX_APART:
         raise UserError(
             f"{apart:,} rows repeat the image of a row that is not directly before them (limit: {MAX_APART:,}); "
-            "sort the table by its image column, or read every row as a pair with --no-group"
+            "sort the table by its image column, or make every row a pair (shard --no-group)"
         )
     return roles, leader
 

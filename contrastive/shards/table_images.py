@@ -84,11 +84,11 @@ class ImageReader:
             return None, URL_FAULT, text[:LONGEST_DETAIL]
         if scheme:
             text = urllib.parse.unquote(urllib.parse.urlsplit(text).path)
-        packed = len(text) >= LEAST_BASE64 and text.startswith(BASE64_STARTS)
-        if packed and len(text) >= LONG_BASE64 and _begins_as_image(text):
+        packed = is_base64_image(text)
+        if packed and len(text) >= LONG_BASE64:
             return _from_base64(text)
         found = self._from_path(text)
-        if packed and found[0] is None and _begins_as_image(text):
+        if packed and found[0] is None:
             return _from_base64(text)
         return found
 
@@ -132,6 +132,8 @@ def image_name(folder: str, value: Any) -> Any:
         return value or None
     if not isinstance(value, str) or not (value := value.strip()):
         return None
+    if "\\" in value and not os.path.lexists(os.path.join(folder, value)):
+        value = value.replace("\\", "/")  # as `_spellings` reads it
     if "./" in value or "//" in value:
         value = value if _SCHEME.match(value) else os.path.normpath(value)
     if value.startswith("../"):
@@ -167,6 +169,11 @@ def _from_base64(text: str) -> Found:
         return _unpacked(text), None, None
     except ValueError:
         return None, "base64 that cannot be read", text[:80]
+
+
+def is_base64_image(text: str) -> bool:
+    """Whether text begins as an image in base64."""
+    return len(text) >= LEAST_BASE64 and text.startswith(BASE64_STARTS) and _begins_as_image(text)
 
 
 def _begins_as_image(text: str) -> bool:

@@ -17,6 +17,7 @@ from contrastive.shards.grouping import Layout, joined, merge_more, roles_of
 from contrastive.shards.record import APART, BEFORE, OWN, Part, Record, Segment, Source
 from contrastive.shards.table_images import ImageReader, image_name, path_of
 from contrastive.shards.table_values import captions_of, is_listed, is_utf8, label_of
+from contrastive.wording import short
 
 IMAGE_NAMES = (
     "image",
@@ -50,6 +51,7 @@ CAPTION_NAMES = (
     "captions",
 )
 LABEL_NAMES = ("label_name", "label", "class_name", "class", "category")
+GROUPED = "grouped by image"  # the start of the note about it
 SAMPLE = 100  # first rows of a file that are read to find the columns of JSON lines, and captions that are lists
 
 Row = tuple[int, Mapping[str, Any]]  # where it is (the line or the number, from 1), and the cells by column
@@ -59,7 +61,7 @@ class TableSource(Source):
     """Rows of one or several files, read by the names of their columns.
 
     group: rows with the same image are one record with several captions. None: where the cells are text, such as
-    paths. True: also where they hold the bytes. False: every row is a record.
+    paths, and the table has captions. True: also where they hold the bytes. False: every row is a record.
     allow_outside: read images by paths that leave the table's folder.
     """
 
@@ -112,7 +114,7 @@ class TableSource(Source):
     # ---- columns
 
     def _find(self, role: str, named: str | None, guesses: tuple[str, ...]) -> str | None:
-        found = ", ".join(self.columns)
+        found = ", ".join(map(short, self.columns))
         if named is not None:
             if named not in self.columns:
                 raise UserError(f"{self.files[0]}: no column '{named}' for the {role}; columns: {found}{self.begins}")
@@ -134,7 +136,7 @@ class TableSource(Source):
                 if column is not None and column not in header:
                     raise UserError(
                         f"{file}: has no column '{column}' for the {role}, as other files have; its columns: "
-                        f"{', '.join(header)}; rename it, or give the files one by one"
+                        f"{', '.join(map(short, header))}; rename it, or give the files one by one"
                     )
             label = self.label_column
             if (label in self._class_names(number)) != (label in self._class_names(0)):
@@ -170,8 +172,7 @@ class TableSource(Source):
         found = []
         layout = self._layout
         if self.grouped:
-            merged = f"{layout.rows:,} rows became {layout.records:,} samples; --no-group keeps the rows apart"
-            found.append(f"grouped by image: {merged}")
+            found.append(f"{GROUPED}: {layout.rows:,} rows became {layout.records:,} samples")
         if self._lists:
             what = "1 row holds a list" if self._lists == 1 else f"{self._lists:,} rows hold a list"
             found.append(f"captions: {what} written as text, which is read as several captions")
@@ -259,7 +260,8 @@ class TableSource(Source):
 
     def _grouping(self) -> bool:
         if self.group is None:
-            return self._has_paths() and len(self._text_columns()) > 1  # else there is nothing to join
+            captioned = self.caption_column is not None or "captions" in self.columns
+            return captioned and self._has_paths()
         return self.group
 
     def _text_columns(self) -> list[str]:

@@ -78,7 +78,7 @@ def test_captions_of_one_image_are_joined_in_any_order_of_rows_and_parts(
 @pytest.mark.parametrize("kind", KINDS)
 def test_grouping_is_said_and_can_be_switched_off(tmp_path: Path, kind: str) -> None:
     path = table(tmp_path, kind, pairs([0, 0, 1, 0]))
-    assert open_source(path).notes == ["grouped by image: 4 rows became 2 samples; --no-group keeps the rows apart"]
+    assert open_source(path).notes == ["grouped by image: 4 rows became 2 samples"]
     apart = open_source(path, group=False)
     assert (len(list(apart)), len(apart), apart.grouped, apart.notes) == (4, 4, 0, [])
 
@@ -105,7 +105,7 @@ def test_bytes_are_grouped_where_it_is_asked_for(tmp_path: Path) -> None:
 
 def test_rows_of_one_image_must_agree_on_the_label(tmp_path: Path) -> None:
     labels = [("0", "cat"), ("0", ""), ("1", "cat"), ("2", ""), ("0", "cat"), ("1", "dog"), ("2", "bus")]
-    path = table(tmp_path, "csv", [{"image": f"{image}.png", "label": label} for image, label in labels])
+    path = table(tmp_path, "csv", [{"image": f"{image}.png", "caption": "x", "label": label} for image, label in labels])
     found = [(r.label, r.fault, r.detail) for r in open_source(path)]
     assert found == [("cat", None, None), ("cat", grouping.DIFFERENT_LABELS, "cat, dog"), ("bus", None, None)]
 
@@ -220,3 +220,29 @@ def test_missing_labels_of_a_float_column_are_no_names(tmp_path: Path) -> None:
     labels = [1.0, float("nan"), None, 2.0, 2.5]
     path = table(tmp_path, "parquet", [{"image": f"{n}.png", "label": label} for n, label in enumerate(labels)])
     assert [r.label for r in open_source(path)] == ["1", None, None, "2", "2.5"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_captions_are_not_grouped(tmp_path: Path, kind: str) -> None:
+    path = table(tmp_path, kind, [{"image": f"{n}.png", "label": name} for n, name in ((0, "a"), (0, "b"), (1, "a"))])
+    found = [(record.label, record.fault) for record in open_source(path)]
+    assert found == [("a", None), ("b", None), ("a", None)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_path_with_backslashes_is_the_image_that_it_names(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "im").mkdir()
+    (tmp_path / "im" / "0.png").write_bytes(encoded(0))
+    spellings = ("im/0.png", "im\\0.png", ".\\im\\0.png")
+    path = table(tmp_path, kind, [{"image": name, "caption": f"words {n}"} for n, name in enumerate(spellings)])
+    assert [record.captions for record in open_source(path)] == [("words 0", "words 1", "words 2")]
+
+
+def test_minus_one_is_a_class_in_a_plain_column_and_no_label_in_one_of_class_names(tmp_path: Path) -> None:
+    rows = [{"image": "0.png", "label": -1}, {"image": "1.png", "label": 1}]
+    path = table(tmp_path, "parquet", rows)
+    assert [record.label for record in open_source(path)] == ["-1", "1"]
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    schema = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(schema), path)
+    assert [record.label for record in open_source(path)] == [None, "dog"]

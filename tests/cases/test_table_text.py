@@ -1,5 +1,6 @@
 """CSV, TSV and JSON lines: every row is read whole, or an error names its line."""
 
+import base64
 import csv
 import io
 import json
@@ -320,3 +321,49 @@ def test_a_missing_label_is_no_class(folder: Path, value: str) -> None:
     path = write(folder / "x.jsonl", f'{{"image": "0.png", "label": "cat"}}\n{{"image": "1.png", "label": {value}}}\n')
     labels = [record.label for record in open_source(path)]
     assert labels == ["cat", None]
+
+
+# ---- JSON lines: columns that appear late
+
+
+def late(folder: Path, last: dict[str, Any], rows: int = 150) -> Path:
+    """Rows with image and text, then one that differs."""
+    plain = [{"image": f"{n % 9}.png", "text": f"words {n}"} for n in range(rows)]
+    return write(folder / "late.jsonl", "\n".join(map(json.dumps, [*plain, last])))
+
+
+@pytest.mark.parametrize("name", ["label", "class_name", "Category"])
+def test_a_label_that_first_appears_late_is_refused_with_the_remedy(folder: Path, name: str) -> None:
+    found = refusal(late(folder, {"image": "0.png", "text": "x", name: "cat"}))
+    assert "late.jsonl: line 151" in found and f"'{name}'" in found and f"--label {name}" in found
+
+
+@pytest.mark.parametrize(
+    "row", [{"image": "0.png", "caption": "x"}, {"image": "0.png", "title": "x"}, {"url": "0.png", "text": "x"}]
+)
+def test_an_image_or_caption_under_another_name_than_before_is_refused(folder: Path, row: dict[str, Any]) -> None:
+    assert "late.jsonl: line 151" in refusal(late(folder, row))
+
+
+def test_a_late_label_that_is_named_is_read(folder: Path) -> None:
+    table = late(folder, {"image": "0.png", "text": "x", "label": "cat"})
+    assert [record.label for record in open_source(table, label="label", group=False)][-1] == "cat"
+
+
+def test_late_columns_of_other_names_are_further_columns(folder: Path) -> None:
+    table = late(folder, {"image": "0.png", "text": "x", "title": "more", "licence": "cc"})
+    assert list(open_source(table, group=False))[-1].meta == {"title": "more", "licence": "cc"}
+
+
+# ---- a header that is missing
+
+
+def test_an_image_in_base64_is_no_column_name(tmp_path: Path) -> None:
+    packed = base64.b64encode(encoded(0)).decode()
+    found = refusal(write(tmp_path / "x.tsv", f"1\t{packed[:120]}\ta dog\n2\t{packed}\ta cat"))
+    assert "taken for the header" in found and len(found) < 400
+
+
+def test_long_names_of_columns_are_cut_in_messages(tmp_path: Path) -> None:
+    found = refusal(write(tmp_path / "x.csv", f"a,{'b' * 150}\n1,2"))
+    assert f"{'b' * 40}…" in found and "b" * 42 not in found.partition(" (")[0]

@@ -365,3 +365,49 @@ def test_predictions_of_a_run_are_the_same_in_every_format(saved, here, capsys):
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row["image"], row["label"]) for row in rows] == expected
     assert np.isfinite([float(row["probability"]) for row in rows]).all()
+
+
+# ---- tables
+
+
+def table_of(here, kind, rows):
+    """A table of images in folder a."""
+    file = here / f"x.{kind}"
+    if kind == "parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        file.write_text("\n".join(",".join(map(str, line)) for line in [list(rows[0]), *(r.values() for r in rows)]))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_every_row_of_a_table_is_classified_also_where_an_image_comes_again(saved, here, capsys, kind):
+    rows = [{"image": f"a/{n}.png", "caption": f"words {i}", "label": i} for i, n in enumerate((0, 1, 0, 0))]
+    assert classify(saved, table_of(here, kind, rows)) == 0
+    assert [row["label"] is not None for row in rows_of(capsys)] == [True] * 4
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_labels_with_fractions_are_refused_with_their_column(saved, here, capsys, kind):
+    rows = [{"image": f"a/{n}.png", "label": n % 2 + 0.5} for n in range(8)]
+    error = refused(capsys, command("probe", "fit", saved, table_of(here, kind, rows), "p.safetensors"))
+    assert "column 'label' holds numbers with fractions, such as 0.5" in error
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_a_row_without_a_label_is_named_by_its_place_and_path(saved, here, capsys, missing):
+    rows = [{"image": f"a/{n}.png", "label": "" if n == missing else "red"} for n in range(8)]
+    file = table_of(here, "csv", rows)
+    for arguments in (("probe", "fit", saved, file, "p.safetensors"), ("evaluate", saved, file)):
+        error = refused(capsys, command(*arguments))
+        assert f"x.csv: line {missing + 2} (a/{missing}.png)" in error and "column 'label'" in error
+
+
+def test_a_picture_beside_the_class_folders_is_to_be_moved(saved, here, capsys):
+    square("red", 0).save(here / "b" / "z.png")
+    for name in ("c", "d"):
+        shutil.copytree(here / "a", here / "b" / name)
+    for stray in (here / "b").glob("[0-9].png"):
+        stray.unlink()
+    error = refused(capsys, command("probe", "fit", saved, here / "b", "p.safetensors"))
+    assert "z.png" in error and "move it into a class folder, or remove it" in error
