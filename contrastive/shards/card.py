@@ -21,6 +21,7 @@ from PIL import Image
 from contrastive.shards.decode import decode_image, image_size
 from contrastive.shards.index import ShardIndex
 from contrastive.shards.record import Rejected, image_extension
+from contrastive.shards.scan import ignored_reason
 
 LOOK_AT = 20_000  # pairs whose bytes are looked at; of a larger set, evenly spread ones
 DECODE = 2_000  # of which are decoded, to small thumbnails
@@ -119,7 +120,7 @@ def card_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     rows += [("shard left out", f"{shard}: {what}") for shard, what in card["damaged_shards"].items()]
     if card["ignored_members"]:
-        ignored = _counts({f".{kind}": count for kind, count in card["ignored_members"].items()})
+        ignored = _counts({ignored_reason(kind): count for kind, count in card["ignored_members"].items()})
         dotted = any("." in kind for kind in card["ignored_members"])
         rows.append(("ignored", ignored + (" (a key ends at the first dot of its name)" if dotted else "")))
     if card["looked_at"] < card["pairs"]:

@@ -21,7 +21,16 @@ from contrastive.errors import UserError
 from contrastive.shards import storage
 from contrastive.shards.index_keys import unique_keys
 from contrastive.shards.record import MAX_CAPTION_BYTES, Record, Rejected
-from contrastive.shards.scan import Scan, caption_id, caption_text, json_captions, json_fault, scan_shard, sha256_of
+from contrastive.shards.scan import (
+    Scan,
+    caption_id,
+    caption_text,
+    ignored_reason,
+    json_captions,
+    json_fault,
+    scan_shard,
+    sha256_of,
+)
 from contrastive.shards.shard_list import PathLike, Shard, find_shards
 from contrastive.shards.tables_file import load_tables, save_tables
 from contrastive.shards.tar import DamagedShard
@@ -29,7 +38,7 @@ from contrastive.wording import first_few
 
 __all__ = ["PathLike", "ShardIndex", "caption_id", "find_shards", "open_index"]
 
-VERSION = 4
+VERSION = 5
 TOGETHER = 2048  # bytes between two members of which to read through is cheaper than to read twice
 OPEN_FILES = 64  # far below the usual limit of 1,024
 
@@ -250,7 +259,7 @@ def open_index(path: PathLike | Sequence[PathLike], *, skip_damaged: bool = Fals
     index = ShardIndex(shards, folder, manifest, tables, saved)
     if not len(index):
         found_instead = ", ".join(f"{count} with {reason}" for reason, count in index.rejected.items()) or "no member"
-        others = ", ".join(f".{extension}" for extension in manifest["ignored"])
+        others = ", ".join(map(ignored_reason, manifest["ignored"]))
         raise UserError(
             f"{path}: no pair in {len(shards)} shards ({found_instead}{f'; also members {others}' if others else ''}); "
             "a pair is key.jpg with key.txt, or with a caption in key.json"

@@ -32,6 +32,7 @@ MAX_DEPTH = 32  # of nested lists and objects in a .json member
 # Of one shard: its names are held in memory, about 1.1 kB a member (seen), and whoever made the bytes says how many.
 MAX_MEMBERS = 1_000_000  # far above any shard that is meant as one: `contrastive shard` cuts up a tar this large
 MAX_NAMES = 64 << 20  # characters of all names
+HIDDEN = "/hidden"  # counts members whose name begins with a dot, and those below __MACOSX. No extension has a slash
 MAX_KINDS = 50  # extensions that are counted one by one
 # Members that somebody's loader would run or unpickle. A shard with one of them is not for this purpose.
 CODE = frozenset(
@@ -70,6 +71,8 @@ def scan_shard(path: Path) -> Scan:
     length = 0  # of all names
     for count, member in enumerate(members(path), 1):
         length += len(member.name)
+        if "./" in member.name:  # `tar cf x.tar .` writes ./a.jpg
+            member = member._replace(name=_plain(member.name))
         if count > MAX_MEMBERS or length > MAX_NAMES:
             what = f"more than {MAX_MEMBERS:,} members or {MAX_NAMES:,} characters in their names: make smaller shards"
             raise DamagedShard(path, member.offset - 512, what)
@@ -79,7 +82,8 @@ def scan_shard(path: Path) -> Scan:
         if _is_code(extension):
             raise DamagedShard(path, member.offset - 512, f"{member.name!r} is code or a pickle, which no shard holds")
         if not stem or (folder and _in_hidden(folder)):
-            continue  # ._cat.jpg, __MACOSX/cat.jpg
+            _ignore(found, HIDDEN)  # ._cat.jpg, __MACOSX/cat.jpg
+            continue
         key = f"{folder}/{stem}" if folder else stem
         kind = "image" if extension in IMAGE_EXTENSIONS else extension
         if kind in ("image", "txt", "json"):
@@ -155,6 +159,16 @@ def _join_cases(samples: dict[str, dict[str, Member]]) -> None:
 def _ignore(found: Scan, extension: str) -> None:
     known = extension in found.ignored or len(found.ignored) < MAX_KINDS
     found.ignored[extension if known else "others"] += 1
+
+
+def _plain(name: str) -> str:
+    """The name without components that mean the folder itself: a/b.jpg for ./a/./b.jpg."""
+    return "/".join(part for part in name.split("/") if part != ".")
+
+
+def ignored_reason(kind: str) -> str:
+    """The reason to print for a key of `Scan.ignored`."""
+    return "hidden (begins with a dot, or lies in such a folder or in __MACOSX)" if kind == HIDDEN else f".{kind}"
 
 
 def _extension(name: str) -> str:

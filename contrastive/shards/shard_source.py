@@ -6,6 +6,7 @@ from typing import Any
 
 from contrastive.shards.index import ShardIndex
 from contrastive.shards.record import NumberedSource, Record, Rejected, SkippedRow
+from contrastive.shards.scan import ignored_reason
 
 
 class ShardSource(NumberedSource):
@@ -18,8 +19,10 @@ class ShardSource(NumberedSource):
 
     @property
     def rejected(self) -> Mapping[str, int]:
-        found = self.index.rejected if self.limit is None else {}
-        return Counter(found) + Counter(self.left_out)
+        if self.limit is not None:
+            return self.left_out
+        ignored = {ignored_reason(kind): count for kind, count in self.index.manifest["ignored"].items()}
+        return Counter(self.index.rejected) + Counter(ignored) + Counter(self.left_out)
 
     def rejections(self) -> Iterator[SkippedRow]:
         for one in self.index.manifest["rejected"] if self.limit is None else ():

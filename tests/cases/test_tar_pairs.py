@@ -127,10 +127,26 @@ def test_upper_case_names_are_pairs_in_a_tar_as_in_a_folder(tmp_path: Path) -> N
     assert pairs(open_index(write_tar(tmp_path / "x.tar", files))) == {"A": "a", "IMG_2": "b"}
 
 
-def test_hidden_members_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_members_are_counted_and_are_no_bad_pairs(tmp_path: Path) -> None:
     files = [("a.jpg", picture(1)), ("a.txt", b"a"), ("._a.jpg", b"x"), ("__MACOSX/a.jpg", b"x"), (".git/b.txt", b"x")]
     index = open_index(write_tar(tmp_path / "x.tar", files))
     assert pairs(index) == {"a": "a"} and index.rejected == {}
+    (reason,) = open_source(tmp_path / "x.tar").rejected.items()
+    assert reason[0].startswith("hidden (") and reason[1] == 3
+
+
+@pytest.mark.parametrize("above", ["./", "././", "./d/./", "d/./e/"])
+def test_names_that_begin_with_the_folder_itself_are_pairs(tmp_path: Path, above: str) -> None:
+    files = [(f"{above}00.png", picture(1, "PNG")), (f"{above}00.txt", b"a"), ("./x.1.jpg", picture(2))]
+    index = open_index(write_tar(tmp_path / "x.tar", [*files, ("./x.1.txt", b"b"), ("./.hid/a.png", b"x")]))
+    folder = "".join(f"{part}/" for part in above.split("/") if part.isalpha())
+    assert pairs(index) == {f"{folder}00": "a", "x.1": "b"} and index.rejected == {}
+
+
+def test_a_tar_of_hidden_members_says_so(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [(".hid/a.png", picture(1)), (".hid/a.txt", b"a")])
+    with pytest.raises(UserError, match=r"no pair in 1 shard.*also members hidden \(begins with a dot"):
+        open_index(tmp_path / "x.tar")
 
 
 def test_equal_keys_of_two_runs_of_img2dataset_are_all_kept(tmp_path: Path) -> None:
