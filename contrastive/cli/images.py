@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,8 @@ from typing import Any
 from contrastive.errors import UserError
 from contrastive.shards import open_source
 from contrastive.shards.listing import is_image
+from contrastive.shards.paths import refuse_no_path, shortened
 from contrastive.shards.record import IMAGE_EXTENSIONS
-
-SHOWN = 60  # characters of an argument in a message
-NAME_BYTES = 255  # of one part of a path, on every usual file system
 
 
 def open_arguments(images: Sequence[str], model: str, *, split: str | None = None) -> Any:
@@ -65,22 +62,8 @@ def check_model(model: str, images: Sequence[str]) -> None:
 
 
 def _check(one: str, model: str) -> None:
-    shown = one if len(one) <= SHOWN else f"{one[:SHOWN]}…"
-    if one == "-":
-        raise UserError("IMAGES: standard input is not read; save the image as a file and name that")
-    if one.startswith("data:"):
-        kind = re.match(r"data:([\w./+-]*)", one)
-        raise UserError(
-            f"IMAGES: a data URI ({kind[1] if kind and kind[1] else 'no type'}, {len(one):,} characters); save it as a "
-            "file and name that"
-        )
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", one)
-    if scheme:
-        raise UserError(
-            f"IMAGES: {shown}: a URL, which is not read; download it and name the file (for many: img2dataset)"
-        )
-    if any(len(os.fsencode(part)) > NAME_BYTES for part in one.split("/")):
-        raise UserError(f"IMAGES: {shown}: no file has so long a name ({len(one):,} characters); name a file or folder")
+    shown = shortened(one)
+    refuse_no_path(one, "IMAGES: ")
     path = Path(one)
     if _is_model(one) and not _is_model(model) and os.path.exists(model):
         raise UserError(f"IMAGES: {shown}: a model, and {model} is none; the order is MODEL IMAGES")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,9 @@ from pathlib import Path
 
 from contrastive.shards.files import read_regular
 from contrastive.shards.listing import Listing, unread_reason
-from contrastive.shards.record import NumberedSource, Record, SkippedRow
-from contrastive.shards.scan import caption_text
+from contrastive.shards.record import MAX_JSON_BYTES, NumberedSource, Record, SkippedRow
+from contrastive.shards.scan import caption_text, json_captions, json_fault
+from contrastive.shards.table_values import is_utf8
 from contrastive.wording import first_few
 
 SAMPLE = 1000  # caption files that are read at opening, to see whether they have several lines
@@ -20,7 +22,8 @@ SAMPLE = 1000  # caption files that are read at opening, to see whether they hav
 class ImageFolder(NumberedSource):
     """Image files; the key is the path below the folder, with its extension.
 
-    The text of cat.txt, without white space at its ends, is the one caption of cat.jpg. Names are compared without
+    The text of cat.txt, without white space at its ends, is the one caption of cat.jpg. Without cat.txt, captions come
+    from cat.json, and further captions come from it in any case, as in tars. Names are compared without
     regard to case where no name is exactly the same. Without any such file, images in sub-folders have the name of
     their sub-folder as label.
 
@@ -35,12 +38,13 @@ class ImageFolder(NumberedSource):
     def __init__(self, root: Path | None, found: Listing, split_level: int | None = None) -> None:
         self.files, self.columns = found.images, []
         self.root = root if root is not None else Path(os.path.commonpath([file.parent for file in self.files]))
-        self._texts = Captions(found.images, found.texts)
+        self._texts = Captions(found.images, found.texts, [file for file in found.others if _is_json(file)])
         self._split_level = split_level
         parents = {self._folders(file) for file in self.files}
         self._level = None if root is None or self._texts.used else _class_level(parents)
         self.labelled = self._level is not None
         left = [(file, unread_reason(file)) for file in (*found.others, *found.tables, *found.shards, *found.packed)]
+        left = [one for one in left if one[0] not in self._texts.used]
         left += [(text, ".txt without an image") for text in found.texts if text not in self._texts.used]
         self._left = [(self._key(file), reason) for file, reason in left]
         self.left_out = Counter(reason for _, reason in left)
@@ -86,14 +90,20 @@ class ImageFolder(NumberedSource):
         level = self._split_level
         return folders if level is None else folders[:level] + folders[level + 1 :]
 
+    def _may_be_class(self, folder: Path) -> bool:
+        """Whether a folder is neither the root nor a split."""
+        level = len(folder.relative_to(self.root).parts) - 1
+        return level >= 0 and level != self._split_level
+
     def _caption_notes(self) -> Iterator[str]:
         if not self._texts.of:
             return
         without = len(self.files) - len(self._texts.of) - len(self._texts.faults)
         if without:
-            yield f"{without:,} of {len(self.files):,} images have no caption: no .txt file of the same name"
-        sample = list(islice(self._texts.of, SAMPLE))
-        several = sum("\n" in "".join(self._texts.read(file)[0]) for file in sample)
+            kinds = ".txt or .json" if self._texts.more else ".txt"
+            yield f"{without:,} of {len(self.files):,} images have no caption: no {kinds} file of the same name"
+        sample = list(islice((image for image, file in self._texts.of.items() if not _is_json(file)), SAMPLE))
+        several = sum("\n" in "".join(self._texts.read(file)[0][:1]) for file in sample)
         if several:
             all_ = f"the first {SAMPLE:,}" if len(self._texts.of) > SAMPLE else f"{len(sample):,}"
             rule = "each file is one caption (several go into metadata.jsonl)"
@@ -107,7 +117,7 @@ class ImageFolder(NumberedSource):
         if above:
             yield f"classes are the folders in {'/'.join(above)}/"
         classes = {parts[self._level] for parts in parents if len(parts) > self._level}
-        level = [(*self._folders(path), path.name) for path in folders if path != self.root]
+        level = [(*self._folders(path), path.name) for path in folders if self._may_be_class(path)]
         empty = sorted({path[-1] for path in level if path[:-1] == above} - classes)
         if empty:
             yield f"no image in the class folders: {first_few(empty)}"
@@ -119,14 +129,29 @@ class ImageFolder(NumberedSource):
 class Captions:
     """The caption files of images.
 
-    of: image to caption file. used: the caption files that belong to an image. faults: images whose caption is not
-    clear, with (reason, detail).
+    of: image to .txt file, or to .json file where it has no .txt. more: image to .json file. used: the caption files
+    that belong to an image. faults: images whose caption is not clear, with (reason, detail).
+
+    The .json files count where one of the first SAMPLE that belong to an image holds captions.
     """
 
-    def __init__(self, images: Sequence[Path], texts: Sequence[Path]) -> None:
+    def __init__(self, images: Sequence[Path], texts: Sequence[Path], infos: Sequence[Path] = ()) -> None:
         self.of: dict[Path, Path] = {}
         self.used: set[Path] = set()
         self.faults: dict[Path, tuple[str, str]] = {}
+        self._match(images, texts)
+        self.more: dict[Path, Path] = {}
+        if infos:
+            beside = Captions(images, infos)
+            if any(_captions_of(file)[0] for file in islice(beside.of.values(), SAMPLE)):
+                self.more = {image: file for image, file in beside.of.items() if image not in self.faults}
+                self.faults = {
+                    image: fault for image, fault in beside.faults.items() if image not in self.of
+                } | self.faults
+                self.used |= beside.used
+                self.of = self.more | self.of
+
+    def _match(self, images: Sequence[Path], texts: Sequence[Path]) -> None:
         named: dict[tuple[Path, str], list[Path]] = {}
         for text in texts:
             named.setdefault((text.parent, text.stem.casefold()), []).append(text)
@@ -154,6 +179,8 @@ class Captions:
         if image in self.faults:
             return (), *self.faults[image]
         text = self.of.get(image)
+        if text is not None and _is_json(text):
+            return _captions_of(text)
         data, fault = (None, None) if text is None else read_regular(text)
         if fault:
             return (
@@ -167,7 +194,28 @@ class Captions:
             caption = caption_text(data)
         except UnicodeDecodeError:
             return (), "caption not UTF-8", str(text)
-        return (caption,) if caption else (), None, None
+        further = _captions_of(self.more[image], "captions")[0] if image in self.more else ()
+        return tuple(dict.fromkeys((caption, *further))) if caption else (), None, None
+
+
+def _is_json(file: Path) -> bool:
+    return file.suffix.lower() == ".json"
+
+
+def _captions_of(file: Path, name: str | None = None) -> tuple[tuple[str, ...], str | None, str | None]:
+    """The captions of a .json file as tars read it (of the name alone, where one is given), or reason and detail."""
+    data, fault = read_regular(file)
+    if fault or data is None:
+        return (), fault and "caption not a regular file", str(file)
+    if len(data) > MAX_JSON_BYTES:
+        return (), "text too long", str(file)
+    if fault := json_fault(data):
+        return (), fault, str(file)
+    value = json.loads(data)
+    captions = json_captions({name: value.get(name)} if name and isinstance(value, dict) else value)
+    if not all(map(is_utf8, captions)):
+        return (), "caption not UTF-8", str(file)
+    return captions, None, None
 
 
 def _class_level(parents: set[tuple[str, ...]]) -> int | None:

@@ -43,6 +43,10 @@ class DiskSource(ArrowSource):
         names = [str(entry["filename"]) for entry in state.get("_data_files", [])]
         if not names or any(Path(name).name != name for name in names):
             raise UserError(f"{folder}/state.json: names no data files in this folder; save the data set again")
+        if missing := [name for name in names if not (folder / name).exists()]:
+            raise UserError(
+                f"{folder / missing[0]}: is missing, and state.json names it; copy it, or save the set again"
+            )
         self.features = _json(folder / "dataset_info.json").get("features") or {}
         super().__init__([folder / name for name in names], image, caption, label, group)
 

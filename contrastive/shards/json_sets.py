@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +78,21 @@ class JsonSet(NumberedSource):
 
     def _count(self) -> int:
         return len(self.entries)
+
+
+def captions_files(folder: Path) -> list[Path]:
+    """The .json files below a folder, of a few, that hold captions in a known layout."""
+    return [file for file in islice(sorted(folder.rglob("*.json")), TRIED) if _holds_captions(file)]
+
+
+def _holds_captions(file: Path) -> bool:
+    try:
+        value = _read(file)
+    except (UserError, OSError):
+        return False
+    return any("sentences" in one for one in _listed(value, "images")) or any(
+        "caption" in note for note in _listed(value, "annotations")
+    )
 
 
 def _read(file: Path) -> Mapping[str, Any]:

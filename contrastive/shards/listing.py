@@ -106,6 +106,17 @@ def unpacker(file: Path) -> str | None:
     return _PACKED[last]
 
 
+def not_unpacked(packed: Iterable[Path], shards: Iterable[Path]) -> list[Path]:
+    """The compressed tars whose unpacked file is not among the shards."""
+    unpacked = {shard.with_suffix("") for shard in shards}
+
+    def plain(file: Path) -> Path:
+        one = file.with_suffix("")
+        return one.with_suffix("") if _extension(one) == "tar" else one
+
+    return [file for file in packed if plain(file) not in unpacked]
+
+
 def packed_error(files: Sequence[Path]) -> UserError:
     """The error for compressed tars."""
     one = files[0]

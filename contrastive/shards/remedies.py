@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from contrastive.shards.filters import Filters
+from contrastive.shards.folder import ImageFolder
+from contrastive.shards.json_sets import captions_files
 from contrastive.shards.left_out import left_out_line
 from contrastive.shards.record import SkippedRow, Source
 
@@ -108,6 +110,9 @@ def _no_caption(source: Source) -> tuple[str, str]:
         if column:
             return f"have no caption in column '{column}'", f"name another column with --caption; {columns}"
         return "have no caption, as no column looks like one", f"name the column with --caption; {columns}"
+    if isinstance(source, ImageFolder) and (sets := captions_files(source.root)):
+        named = " or ".join(f"contrastive shard {file} DEST" for file in sets)
+        return f"have no caption of their own, but {sets[0].name} holds captions", f"give it by name: {named}"
     if getattr(source, "labelled", False):
         return (
             "have a class folder and no caption",

@@ -15,12 +15,29 @@ from contrastive.shards.hf_disk import DiskSource, is_saved_dataset, saved_split
 from contrastive.shards.index import PathLike, open_index
 from contrastive.shards.json_lines import JsonLinesSource
 from contrastive.shards.json_sets import JsonSet
-from contrastive.shards.listing import TABLES, Listing, list_files, list_folder, packed_error, unread_reason
+from contrastive.shards.listing import (
+    TABLES,
+    Listing,
+    list_files,
+    list_folder,
+    not_unpacked,
+    packed_error,
+    unread_reason,
+)
 from contrastive.shards.metadata import count_unnamed, metadata_tables
 from contrastive.shards.parquet_table import ParquetSource
+from contrastive.shards.paths import refuse_no_path
 from contrastive.shards.record import Source
 from contrastive.shards.shard_source import ShardSource
-from contrastive.shards.splits import choose_split, group_by_split, several_splits, split_level, wanted_splits
+from contrastive.shards.splits import (
+    check_configurations,
+    check_parts,
+    choose_split,
+    group_by_split,
+    several_splits,
+    split_level,
+    wanted_splits,
+)
 from contrastive.shards.tables import TableSource
 from contrastive.wording import first_few
 
@@ -84,6 +101,9 @@ class _Asked:
         """Raise UserError for arguments that mean nothing for this kind of source."""
         if columns and (self.image or self.caption or self.label):
             raise UserError(f"{path}: columns can be named for a table only, and this is a set of {kind}")
+        if columns and self.group is not None:
+            option = "--group" if self.group else "--no-group"
+            raise UserError(f"{option}: is for the rows of a table, and {path} is a set of {kind}; leave it out")
         if split and self.split:
             raise UserError(f"--split {self.split}: {path} holds no splits; leave it out")
         if images and self.images:
@@ -93,6 +113,8 @@ class _Asked:
 def _open(path: PathLike | Sequence[PathLike], asked: _Asked) -> Source:
     if not isinstance(path, str | os.PathLike):
         return _open_files(path, [_existing(Path(one)) for one in path], asked)
+    if not os.path.lexists(path):
+        refuse_no_path(os.fspath(path))
     if Path(path).is_dir():
         return _open_folder(Path(path), asked)
     if Path(path).exists():
@@ -128,14 +150,25 @@ def _open_files(path: PathLike | Sequence[PathLike], files: list[Path], asked: _
     if found.images:
         asked.refuse(path, "images")
         return ImageFolder(None, found)
-    if asked.split is not None:
-        root = Path(os.path.commonpath([file.parent for file in files]))
-        files = choose_split(path, group_by_split(root, files, least=1), asked.split)
+    files = _split_of_files(path, files, asked.split)
     if found.shards:
         asked.refuse(path, "shards", split=False)
         return ShardSource(open_index(files))
     asked.refuse(path, "tables", columns=False, split=False)
     return asked.table(files)
+
+
+def _split_of_files(path: PathLike | Sequence[PathLike], files: list[Path], split: str | None) -> list[Path]:
+    """The files of one split among those of a glob. A list of files, and one file, are what is meant."""
+    is_glob = isinstance(path, str | os.PathLike) and len(files) > 1
+    if is_glob or split is not None:
+        root = Path(os.path.commonpath([file.parent for file in files]))
+        groups = group_by_split(root, files, least=1 if split else 2)
+        if groups or split:
+            files = choose_split(path, groups, split, ", or give a narrower glob")
+    if is_glob:
+        check_parts(files, all_of_them=False)
+    return files
 
 
 def _open_folder(folder: Path, asked: _Asked) -> Source:
@@ -164,6 +197,8 @@ def _open_folder(folder: Path, asked: _Asked) -> Source:
 
 def _open_shards(folder: Path, found: Listing, asked: _Asked) -> Source:
     asked.refuse(folder, "shards", split=False)
+    if waiting := not_unpacked(found.packed, found.shards):
+        raise packed_error(waiting)
     shards = _one_split(folder, found.shards, asked.split)
     above = {shard.parent for shard in shards}
     if asked.split is None and len(above) > 1:
@@ -221,7 +256,14 @@ def _open_tables(folder: Path, found: Listing, asked: _Asked) -> Source:
 
 def _one_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
     groups = group_by_split(folder, files, least=2 if split is None else 1)
-    return choose_split(folder, groups, split) if groups or split else files
+    if groups or split:
+        files = choose_split(folder, groups, split)
+        chosen = {*files}
+        check_configurations(
+            folder, folder, {name: [one for one in of if one in chosen] for name, of in groups.items()}
+        )
+    check_parts(files)
+    return files
 
 
 def _several_folders(folder: Path, above: set[Path], what: str) -> UserError:

@@ -1,5 +1,6 @@
 """Folders of images: every file is read, is a caption, or is counted; names and classes are what a user means."""
 
+import json
 import random
 from pathlib import Path
 
@@ -241,3 +242,30 @@ def test_a_compressed_tar_is_an_error_with_the_command_that_unpacks_it(tmp_path:
 def test_the_compressed_tar_of_the_case_is_named() -> None:
     with pytest.raises(UserError, match=r"00000\.tar\.gz: a compressed tar; .*unpack first: gunzip .*00000\.tar\.gz"):
         open_source(DATA / "tar_gz")
+
+
+def test_json_beside_images_gives_captions_as_in_tars(tmp_path: Path) -> None:
+    info = {"caption": "a cat", "url": "u", "status": "success"}
+    files = {"a.jpg": picture(1), "a.json": json.dumps(info).encode()}
+    files |= {"b.jpg": picture(2), "b.json": json.dumps({"captions": ["one", "two"]}).encode()}
+    files |= {"c.jpg": picture(3), "c.txt": b"text", "c.json": json.dumps({"captions": ["text", "more"]}).encode()}
+    files |= {"d.jpg": picture(4), "d.json": b"{", "e.json": b"{}"}
+    source = open_source(write_files(tmp_path / "d", files))
+    found = {record.key: (record.captions, record.fault) for record in source}
+    assert found == {
+        "a.jpg": (("a cat",), None),
+        "b.jpg": (("one", "two"), None),
+        "c.jpg": (("text", "more"), None),
+        "d.jpg": ((), "not JSON"),
+    }
+    assert source.rejected == {".json": 1}
+    index = open_index(write_tar(tmp_path / "x.tar", list(files.items())))
+    in_tar = {f"{index.key(i)}.jpg": (index.record(i).captions, None) for i in range(len(index))}
+    assert in_tar == {key: value for key, value in found.items() if value[1] is None}
+
+
+def test_json_without_captions_leaves_the_class_folders(tmp_path: Path) -> None:
+    files = {f"{label}/{i}.{kind}": b"{}" for label in ("cat", "dog") for i in range(2) for kind in ("json",)}
+    files |= {f"{label}/{i}.jpg": picture(i) for label in ("cat", "dog") for i in range(2)}
+    source = open_source(write_files(tmp_path, files))
+    assert {record.label for record in source} == {"cat", "dog"} and source.rejected == {".json": 4}

@@ -1,6 +1,7 @@
 """`contrastive shard` names the cause and the remedy where there is nothing to write, and lists what it skips."""
 
 import csv
+import io
 import json
 import random
 import shutil
@@ -263,3 +264,58 @@ def test_names_with_dots_say_that_a_key_ends_at_the_first(capsys: pytest.Capture
         assert "first dot" in said
     else:
         assert len(open_index("out"))
+
+
+@pytest.mark.parametrize("source", ["https://x.y/a.parquet", "s3://b/c", "-", "data:image/png;base64," + "A" * 300])
+def test_a_source_that_is_no_path_says_what_it_is(capsys: pytest.CaptureFixture[str], source: str) -> None:
+    code, said = shard(capsys, source, "out")
+    what = "a URL, which" if "://" in source else "standard input" if source == "-" else "a data URI (image/png"
+    assert code == 2 and what in said and "name th" in said
+
+
+@pytest.mark.parametrize("layout", ["coco", "karpathy"])
+@pytest.mark.parametrize("where", ["captions.json", "annotations/captions.json"])
+def test_a_folder_of_images_with_one_captions_json_names_it(
+    capsys: pytest.CaptureFixture[str], layout: str, where: str
+) -> None:
+    value: dict[str, object] = {"images": [{"id": 0, "file_name": "images/a.jpg"}]}
+    value["annotations"] = [{"image_id": 0, "caption": "a"}]
+    if layout == "karpathy":
+        value = {"images": [{"filename": "images/a.jpg", "split": "train", "sentences": [{"raw": "a"}]}]}
+    Path("coco", where).parent.mkdir(parents=True)
+    Path("coco", where).write_text(json.dumps(value))
+    Path("coco", "other.json").write_text("{}")
+    Path("coco", "images").mkdir()
+    Path("coco", "images", "a.jpg").write_bytes(encoded(0))
+    code, said = shard(capsys, "coco", "out")
+    assert code == 2 and f"give it by name: contrastive shard coco/{where} DEST" in said and "class folder" not in said
+    code, _ = shard(capsys, f"coco/{where}", "out")
+    assert code == 0
+
+
+@pytest.mark.parametrize("option", ["--no-group", "--group"])
+def test_grouping_is_refused_where_there_are_no_rows(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    Path("captions.json").write_text("{}")
+    code, said = shard(capsys, "captions.json", "out", option)
+    assert code == 2 and f"{option}: is for the rows of a table" in said
+
+
+@pytest.mark.parametrize("packed", ["1.tar.gz", "1.tgz", "1.tar.zst"])
+def test_compressed_tars_among_shards_are_refused_until_they_are_unpacked(
+    capsys: pytest.CaptureFixture[str], packed: str
+) -> None:
+    folder = Path("mixed")
+    folder.mkdir()
+    for name in ("0.tar", "1.tar"):
+        with tarfile.open(folder / name, "w") as tar:
+            for member, data in ((f"{name}.jpg", encoded(0)), (f"{name}.txt", name.encode())):
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    (folder / packed).write_bytes(b"x")
+    assert main(["check", "mixed"]) == 0  # an unpacked copy is there
+    capsys.readouterr()
+    (folder / "1.tar").unlink()
+    assert main(["check", "mixed"]) == 2
+    assert f"mixed/{packed}: a compressed tar; shards are read by offset, so unpack first" in capsys.readouterr().err
+    assert shard(capsys, "mixed", "out")[0] == 2

@@ -9,7 +9,7 @@ import pytest
 
 from contrastive.cli import main
 from contrastive.errors import UserError
-from contrastive.shards import open_source
+from contrastive.shards import open_index, open_source
 
 from .small import picture, write_files, write_tar
 
@@ -159,3 +159,72 @@ def test_the_shard_command_takes_one_split(tmp_path: Path, capsys: pytest.Captur
     assert "holds several splits: train, validation; choose one, as in --split train" in capsys.readouterr().err
     assert main(["shard", str(tmp_path / "hub"), str(tmp_path / "out"), "--split", "validation"]) == 0
     assert "2 pairs in 1 shard" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "tar"])
+def test_a_glob_over_several_splits_asks_for_one(tmp_path: Path, kind: str) -> None:
+    write_files(tmp_path, {"train.jpg": picture(1), "val.jpg": picture(2)})
+    for name in ("train", "val"):
+        if kind == "parquet":
+            write_parquet(tmp_path / f"{name}-00000-of-00001.parquet", [name])
+        elif kind == "csv":
+            write_files(tmp_path, {f"{name}.csv": f"image,caption\n{name}.jpg,{name}\n".encode()})
+        else:
+            write_tar(tmp_path / f"{name}-0.tar", [("a.jpg", picture(1)), ("a.txt", name.encode())])
+    glob = f"{tmp_path}/*.{kind}"
+    with pytest.raises(UserError, match=r"several splits: train, val.*--split train, or give a narrower glob$"):
+        open_source(glob)
+    assert [record.captions for record in open_source(glob, split="val")] == [("val",)]
+    assert len(open_source(f"{tmp_path}/train*.{kind}")) == 1
+    assert len(open_source(sorted(tmp_path.glob(f"*.{kind}")))) == 2
+    if kind == "tar":
+        with pytest.raises(UserError, match="shards of several splits: train, validation; give a narrower glob"):
+            open_index(glob)
+
+
+@pytest.mark.parametrize("name", ["{}/train-00000.{}", "{}/train/0.{}"])
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_split_of_several_configurations_is_refused_by_name(tmp_path: Path, name: str, kind: str) -> None:
+    for folder in ("en", "de"):
+        for path in (
+            tmp_path / name.format(folder, kind),
+            tmp_path / name.replace("train", "test").format(folder, kind),
+        ):
+            if kind == "parquet":
+                write_parquet(path, [folder])
+            else:
+                write_tar(path, [("a.jpg", picture(1)), ("a.txt", folder.encode())])
+    with pytest.raises(UserError, match=r"the split train lies in several folders \(de, en\).*give one: .*/de$"):
+        open_source(tmp_path, split="train")
+    assert [record.captions for record in open_source(tmp_path / "de", split="train")] == [("de",)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_missing_part_of_a_set_is_named(tmp_path: Path, kind: str) -> None:
+    for part in (0, 2):
+        path = tmp_path / f"train-{part:05d}-of-00003.{kind}"
+        if kind == "parquet":
+            write_parquet(path, ["x"])
+        else:
+            write_tar(path, [(f"{part}.jpg", picture(part)), (f"{part}.txt", b"x")])
+    for path in (tmp_path, f"{tmp_path}/*.{kind}"):
+        for opened in (open_source, open_index) if kind == "tar" else (open_source,):
+            with pytest.raises(UserError, match=rf"train-00001-of-00003\.{kind}: this file of 00003 is missing"):
+                opened(path)
+    assert len(open_source(f"{tmp_path}/train-00000*.{kind}")) == 1
+
+
+def test_a_missing_arrow_file_is_named(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"image": [picture(i) for i in range(3)], "caption": ["a", "b", "c"]})
+    rows.save_to_disk(str(tmp_path / "d"), num_shards=3)
+    (tmp_path / "d" / "data-00001-of-00003.arrow").unlink()
+    with pytest.raises(UserError, match=r"data-00001-of-00003\.arrow: is missing"):
+        open_source(tmp_path / "d")
+
+
+def test_the_folder_of_a_split_is_no_class_without_images(tmp_path: Path) -> None:
+    names = [f"{split}/{label}/0.png" for split in ("train", "test") for label in ("cat", "dog")]
+    write_files(tmp_path, {name: picture(i) for i, name in enumerate(names)})
+    assert open_source(tmp_path, split="train").notes == []
