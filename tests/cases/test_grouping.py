@@ -105,7 +105,9 @@ def test_bytes_are_grouped_where_it_is_asked_for(tmp_path: Path) -> None:
 
 def test_rows_of_one_image_must_agree_on_the_label(tmp_path: Path) -> None:
     labels = [("0", "cat"), ("0", ""), ("1", "cat"), ("2", ""), ("0", "cat"), ("1", "dog"), ("2", "bus")]
-    path = table(tmp_path, "csv", [{"image": f"{image}.png", "caption": "x", "label": label} for image, label in labels])
+    path = table(
+        tmp_path, "csv", [{"image": f"{image}.png", "caption": "x", "label": label} for image, label in labels]
+    )
     found = [(r.label, r.fault, r.detail) for r in open_source(path)]
     assert found == [("cat", None, None), ("cat", grouping.DIFFERENT_LABELS, "cat, dog"), ("bus", None, None)]
 

@@ -288,7 +288,11 @@ def test_a_folder_of_images_with_one_captions_json_names_it(
     Path("coco", "images").mkdir()
     Path("coco", "images", "a.jpg").write_bytes(encoded(0))
     code, said = shard(capsys, "coco", "out")
-    assert code == 2 and f"give it by name: contrastive shard coco/{where} DEST" in said and "have a class folder" not in said
+    assert (
+        code == 2
+        and f"give it by name: contrastive shard coco/{where} DEST" in said
+        and "have a class folder" not in said
+    )
     code, _ = shard(capsys, f"coco/{where}", "out")
     assert code == 0
 
