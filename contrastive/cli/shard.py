@@ -108,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         split=args.split,
         images=args.images,
     )
+    if args.group is False and not source.columns:
+        raise UserError(f"--no-group: is for the rows of a table, and {args.source} is none; leave it out")
     apart = "; --no-group keeps the rows apart"
     notes = [line + apart if line.startswith(GROUPED) else line for line in source.notes]
     for line in (*notes, left_out_line(source.rejected)):

@@ -101,9 +101,8 @@ class _Asked:
         """Raise UserError for arguments that mean nothing for this kind of source."""
         if columns and (self.image or self.caption or self.label):
             raise UserError(f"{path}: columns can be named for a table only, and this is a set of {kind}")
-        if columns and self.group is not None:
-            option = "--group" if self.group else "--no-group"
-            raise UserError(f"{option}: is for the rows of a table, and {path} is a set of {kind}; leave it out")
+        if columns and self.group:  # False asks for what holds already
+            raise UserError(f"--group: is for the rows of a table, and {path} is a set of {kind}; leave it out")
         if split and self.split:
             raise UserError(f"--split {self.split}: {path} holds no splits; leave it out")
         if images and self.images:

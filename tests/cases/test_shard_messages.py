@@ -299,8 +299,10 @@ def test_a_folder_of_images_with_one_captions_json_names_it(
 
 @pytest.mark.parametrize("option", ["--no-group", "--group"])
 def test_grouping_is_refused_where_there_are_no_rows(capsys: pytest.CaptureFixture[str], option: str) -> None:
-    Path("captions.json").write_text("{}")
-    code, said = shard(capsys, "captions.json", "out", option)
+    Path("pictures").mkdir()
+    Path("pictures/a.jpg").write_bytes(encoded(0))
+    Path("pictures/a.txt").write_text("a picture")
+    code, said = shard(capsys, "pictures", "out", option)
     assert code == 2 and f"{option}: is for the rows of a table" in said
 
 
