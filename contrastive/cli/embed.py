@@ -74,5 +74,5 @@ def run(args: argparse.Namespace) -> int:
         width = f"width {found.image.shape[1]}, {found.image_tower.shape[1]} before the projection"
         seconds = time.perf_counter() - started
         print(f"{args.dest}: {len(found.image):,} images, {texts:,} captions, {width}; {seconds:.0f} s")
-        print_left_out(source, found.outcomes)
+        print_left_out(source, found.outcomes, captions=args.captions != "none")
     return 0

@@ -51,7 +51,7 @@ class Several(list[str]):
             raise UserError(f"{folder}: holds {source.kind}; give folders of tables or shards one at a time")
         for reason, count in source.rejected.items():
             self.rejected[reason] = self.rejected.get(reason, 0) + count
-        self.notes += [f"{folder}: {note}" for note in source.notes]
+        self.notes += [f"{folder}: {note}" for note in source.notes if note not in source.caption_notes]
         return [str(file) for file in source.files]
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from contrastive.errors import UserError
 from contrastive.json_object import RepeatedKey, strict_object
+from contrastive.wording import counted
 
 COLUMNS = ("label", "labels", "name", "names", "class", "classes", "class_name", "label_name", "category")
+KEYS = ("folder", "number", "id", "index", "key", "wnid", "code")  # columns of what is named
 LISTS = ("labels", "names", "classes", "class_names", "categories")  # keys of a JSON object that hold the list
 TEXT = ("", ".txt", ".labels", ".names", ".lst", ".list")
 
@@ -22,7 +24,8 @@ def read_labels(listed: str | None, file: str | None) -> list[str]:
 
     `--labels` is one line of CSV: "red, shiny apple" in quotes is one label. A file holds one label a line (empty
     lines are skipped), one line of CSV, a JSON list of names, a JSON object with numbers as keys or as values
-    ({"0": "cat"} or {"cat": 0}), or a CSV with a column named label, name or class.
+    ({"0": "cat"} or {"cat": 0}), or a table with a column named label, name or class (CSV or TSV; separated by comma, semicolon, tab or vertical
+    bar).
 
     Raises `UserError` for anything that could be read in two ways.
     """
@@ -172,7 +175,9 @@ def _names(where: str, found: list[Any]) -> list[str]:
 
 
 def _rows(where: str, text: str, suffix: str) -> list[list[str]]:
-    mark = "\t" if suffix == ".tsv" else ","
+    from contrastive.shards.csv_table import NAMES
+
+    mark = _separator(where, text, suffix)
     reader = csv.reader(text.splitlines(keepends=True), delimiter=mark, skipinitialspace=True, strict=True)
     try:
         rows = [[cell.strip() for cell in row] for row in reader if any(cell.strip() for cell in row)]
@@ -183,10 +188,27 @@ def _rows(where: str, text: str, suffix: str) -> list[list[str]]:
     uneven = next((number for number, row in enumerate(rows, 1) if len(row) != len(rows[0])), None)
     if uneven is not None:
         raise UserError(
-            f"{where}: row {uneven} has {len(rows[uneven - 1])} columns, the first has {len(rows[0])}; put labels with "
-            "a comma in quotes"
+            f"{where}: row {uneven} has {counted(len(rows[uneven - 1]), 'column')}, the first has {len(rows[0])}; "
+            f"put labels with {NAMES[mark]} in quotes"
         )
     return rows
+
+
+def _separator(where: str, text: str, suffix: str) -> str:
+    """The separator that divides the first line into columns of which most have a known name, as tables find it."""
+    from contrastive.shards.csv_table import NAMES, SEPARATORS
+
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    divided = {mark: _heads(next(csv.reader([first], delimiter=mark, skipinitialspace=True), [])) for mark in SEPARATORS}
+    several = {mark: len({*COLUMNS, *KEYS} & set(heads)) for mark, heads in divided.items() if len(heads) > 1}
+    if not several:
+        return "\t" if suffix == ".tsv" else ","
+    best = [mark for mark in several if several[mark] == max(several.values())]
+    usual = "\t" if suffix == ".tsv" else ","
+    if len(best) > 1 and usual not in best:
+        choices = " or ".join(NAMES[mark] for mark in best)
+        raise UserError(f"{where}: the separator may be {choices}, by the first line '{first[:80]}'; use one of them")
+    return best[0] if len(best) == 1 else usual
 
 
 def _column(where: str, rows: list[list[str]]) -> list[str]:
@@ -210,7 +232,7 @@ def _pairs(where: str, rows: list[list[str]]) -> dict[str, str]:
     if len(rows[0]) != 2:
         raise UserError(f"{where}: {len(rows[0])} columns; give two, the folder or number and its name")
     heads = _heads(rows[0])
-    named = {"folder", "number", "id", "index", "key", "wnid", "code", *COLUMNS} & set(heads)
+    named = {*KEYS, *COLUMNS} & set(heads)
     body = rows[1:] if len(named) == 2 or (named and not any(head.isdigit() for head in heads)) else rows
     if len(named) == 2 and heads[0] in ("name", "names", "class_name", "label_name"):
         body = [row[::-1] for row in body]

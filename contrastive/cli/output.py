@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from contrastive.errors import UserError
+from contrastive.wording import counted
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,11 +112,14 @@ def rows_in_order(
     return rows
 
 
-def print_left_out(source: Any, outcomes: Sequence[Any], what: str = "") -> None:
-    """Print the images that were not read, on stderr: the remarks of the source, and one line with all reasons."""
+def print_left_out(source: Any, outcomes: Sequence[Any], what: str = "", *, captions: bool = False) -> None:
+    """Print the images that were not read, on stderr: the remarks of the source, and one line with all reasons.
+
+    captions: also the remarks that concern captions alone.
+    """
     from contrastive.evaluation.remarks import source_remarks
 
-    for line in source_remarks(source):
+    for line in source_remarks(source, captions=captions):
         print(f"{what}{line}", file=sys.stderr)
     failures = [outcome for outcome in outcomes if outcome.reason is not None]
     if failures:
@@ -126,7 +130,7 @@ def print_left_out(source: Any, outcomes: Sequence[Any], what: str = "") -> None
             f"{': ' + first[reason].detail if first[reason].detail else ''})"
             for reason, count in counts
         )
-        print(f"{what}not read: {len(failures):,} of {len(outcomes):,} images: {reasons}", file=sys.stderr)
+        print(f"{what}not read: {len(failures):,} of {counted(len(outcomes), 'image')}: {reasons}", file=sys.stderr)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from contrastive.errors import UserError
-from contrastive.wording import first_few
+from contrastive.wording import a_type, first_few, plain_repr
 
 ClassWeight = Mapping[Any, float] | str | None
 
@@ -76,12 +76,12 @@ def _of_classes(
         return balanced
     if not isinstance(class_weight, Mapping):
         raise UserError(
-            f"probe: class_weight: a {type(class_weight).__name__} is given; use balanced, or a dict class -> weight"
+            f"probe: class_weight: {a_type(class_weight)} is given; use balanced, or a dict class -> weight"
         )
     known = {name: index for index, name in enumerate(classes_K.tolist())}
     unknown = [name for name in class_weight if name not in known]
     if unknown:
-        missing, classes = first_few(map(repr, unknown)), first_few(map(repr, known))
+        missing, classes = first_few(map(plain_repr, unknown)), first_few(map(plain_repr, known))
         raise UserError(f"probe: class_weight: no such class: {missing}; the classes are {classes}")
     weights = np.ones(len(known))
     for name, weight in class_weight.items():

@@ -104,7 +104,7 @@ def probe_with_controls(
         found = extract(model, opened, functions, batch_size=batch_size, invert=invert, dtype=dtype, progress=progress)
         keys = [record.key for record in found.records]
         labels = check_labels_given(str(source), [record.label for record in found.records], keys, opened)
-        remarks.extend(line for line in source_remarks(opened) if line not in remarks)
+        remarks.extend(line for line in source_remarks(opened, captions=False) if line not in remarks)
         return found, np.asarray(named_labels(labels, class_names, f"{source}: class names"))
 
     def fitted_probe(rows: NDArray[Any], labels: NDArray[np.str_]) -> LinearProbe:

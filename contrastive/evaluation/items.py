@@ -20,6 +20,7 @@ from contrastive.printable import printable
 from contrastive.shards import Record, Rejected, ShardIndex, Source, decode_image, open_source
 from contrastive.shards.decode import decoded
 from contrastive.shards.shard_source import ShardSource
+from contrastive.wording import a_type
 
 Images = str | PathLike[str] | Source | ShardIndex | Sequence[Any]
 
@@ -76,7 +77,7 @@ def open_images(source: Images) -> Iterable[Record]:
         raise UserError("images: the list is empty")
     for item in source:
         if not isinstance(item, (str, PathLike, Image.Image, Record)):
-            raise UserError(f"images: a list of PIL images or paths is needed, it holds a {type(item).__name__}")
+            raise UserError(f"images: a list of PIL images or paths is needed, it holds {a_type(item)}")
     return list(source)  # decoded item by item: see `_decode`
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from contrastive.errors import UserError
-from contrastive.wording import first_few
+from contrastive.wording import a_type, first_few
 
 
 def label_array(y: ArrayLike | None, name: str) -> NDArray[Any]:
@@ -136,13 +136,13 @@ def _of_objects(items: NDArray[Any], name: str) -> NDArray[Any]:
         odd, usual = int((~texts).argmax()), int(texts.argmax())
         raise UserError(
             f"{name}: labels are text and other values mixed: {flat[usual]!r} and {flat[odd]!r} "
-            f"(a {type(flat[odd]).__name__}); give all as text, or all as numbers"
+            f"({a_type(flat[odd])}); give all as text, or all as numbers"
         )
     numbers = (bool, int, float, np.bool_, np.integer, np.floating)
     other = next((one for one in flat if not isinstance(one, numbers)), None)
     if other is not None:
         raise UserError(
-            f"{name}: Unknown label type: {other!r} is a {type(other).__name__}; labels are names or whole numbers"
+            f"{name}: Unknown label type: {other!r} is {a_type(other)}; labels are names or whole numbers"
         )
     found = np.asarray(flat).reshape(items.shape)
     if found.dtype.kind == "f":

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from contrastive.errors import UserError
 from contrastive.evaluation.label_arrays import is_missing
+from contrastive.wording import a_type, plain_repr
 
 if TYPE_CHECKING:
     from contrastive.evaluation.protocol import Model
 
 NEAR = 0.97  # cosine of two labels' weights above which a model hardly tells them apart
 SHOWN = 5  # of one kind of finding
+MARKS = re.compile(r"(?<!\w)[-+−.]+(?=\d)|(?<=\d)[.,:/-](?=\d)|(?<=\w)[-−]$|[+#%&*<>=≤≥±°@$€£¥]|(?P<folded>[\W_])")
 ROWS = 1024  # labels compared at once: memory stays small for 20,000 of them
 
 
@@ -36,7 +38,7 @@ def check_labels(labels: Sequence[str]) -> list[str]:
         if is_missing(item):
             raise UserError(f"labels: number {number} is {'empty' if isinstance(item, str) else item}; remove it")
         raise UserError(
-            f"labels: number {number} is {item!r}, a {type(item).__name__}; the text tower reads names: give text, "
+            f"labels: number {number} is {plain_repr(item)}, {a_type(item)}; the text tower reads names: give text, "
             "such as 'cat'"
         )
     plain = [str(label).strip() for label in labels]
@@ -56,7 +58,8 @@ def check_several(labels: Sequence[str], remedy: str) -> None:
 
 def _listed(labels: Sequence[str]) -> Sequence[str]:
     if isinstance(labels, (str, bytes)):
-        raise UserError(f"labels: a list is needed, got the text {str(labels)!r}")
+        name = labels if isinstance(labels, str) else labels.decode("utf-8", "replace")
+        raise UserError(f"labels: a list is needed, got the text {name!r}; give several labels, as [{name!r}, 'other']")
     if isinstance(labels, Mapping):
         shown = next(iter(labels), None)
         raise UserError(
@@ -64,7 +67,7 @@ def _listed(labels: Sequence[str]) -> Sequence[str]:
             "templates=d where the values are prompts, or list(d.values()) where the values are the names"
         )
     if isinstance(labels, (set, frozenset)) or not hasattr(labels, "__len__") or not hasattr(labels, "__iter__"):
-        raise UserError(f"labels: a list is needed, got a {type(labels).__name__}; give list(…) or sorted(…) of it")
+        raise UserError(f"labels: a list is needed, got {a_type(labels)}; give list(…) or sorted(…) of it")
     if getattr(labels, "ndim", 1) != 1:
         raise UserError(f"labels: a list of names is needed, got the shape {labels.shape}")  # type: ignore[attr-defined]
     return labels
@@ -90,16 +93,25 @@ def number_remark(labels: Sequence[str]) -> list[str]:
 
 
 def alike(labels: Sequence[str]) -> list[list[str]]:
-    """Groups of labels that differ in case, white space or punctuation alone."""
+    """Groups of labels that differ in case, white space or punctuation alone.
+
+    What changes the meaning is no punctuation: signs and marks of numbers (-1 and 1, 1.5 and 15, 0-9 and 09), signs
+    at the end (A and A-) and symbols (C, C++ and C#).
+    """
     groups = defaultdict(list)
     for label in labels:
-        groups[re.sub(r"[\W_]+", " ", label.casefold()).strip()].append(label)
+        folded = MARKS.sub(lambda mark: " " if mark["folded"] else mark[0], label.casefold())
+        groups[" ".join(folded.split())].append(str(label))
     return [group for group in groups.values() if len(group) > 1]
+
+
+def _quoted(labels: Iterable[str]) -> str:
+    return " and ".join(f"'{label}'" for label in labels)
 
 
 def spelling_remarks(labels: Sequence[str]) -> list[str]:
     """One line for each group of `alike`."""
-    return [f"labels {' and '.join(map(repr, group))} differ in spelling alone" for group in alike(labels)]
+    return [f"labels {_quoted(group)} differ in spelling alone" for group in alike(labels)]
 
 
 def near_synonyms(
@@ -160,7 +172,7 @@ def lint_labels(
             for prompt in dict.fromkeys(own):
                 owners[prompt].append(label)
         shared = [(prompt, names) for prompt, names in owners.items() if len(names) > 1]
-        lines += [f"'{prompt}' is a prompt of {' and '.join(map(repr, names))}" for prompt, names in shared[:SHOWN]]
+        lines += [f"'{prompt}' is a prompt of {_quoted(names)}" for prompt, names in shared[:SHOWN]]
         if model is not None:
             cut = cut_prompts(model, list(owners))
             if cut:

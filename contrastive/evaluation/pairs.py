@@ -23,6 +23,7 @@ from contrastive.evaluation.remarks import source_remarks
 from contrastive.evaluation.retrieval import hubness_by_direction, rank_both, retrieval_ranks, summary
 from contrastive.evaluation.tasks import TOPS, Evaluation
 from contrastive.shards import caption_id
+from contrastive.wording import counted
 
 
 def evaluate_pairs(
@@ -82,8 +83,9 @@ def evaluate_pairs(
         given = set() if owners is None else set(owners.tolist())
         texts = found.captions or [""] * len(found.keys)
         without = [key for row, key in enumerate(found.keys) if (row not in given if given else not texts[row])]
+        verb = "has" if len(found.keys) == 1 else "have"
         raise UserError(
-            f"{name}: {len(without)} of {len(found.keys)} images have no caption, the first is {without[0]}; "
+            f"{name}: {len(without)} of {counted(len(found.keys), 'image')} {verb} no caption, the first is {without[0]}; "
             "retrieval needs pairs"
         )
     check_finite(name, found.keys, found.image)

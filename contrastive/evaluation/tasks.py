@@ -152,7 +152,8 @@ def evaluate_labelled(
             raise no_label(f"{name}: {source}", found.unlabelled, opened)
         check_labels_given(f"{name}: {source}", found.labels, found.keys, opened)
         check_finite(str(source), found.keys, found.image)
-        remarks.extend(line for line in source_remarks(opened) if line not in remarks)
+        of_source = source_remarks(opened, captions=False)  # retrieval takes the prompts of labels here
+        remarks.extend(line for line in of_source if line not in remarks)
         named = named_labels(found.labels, class_names, f"{source}: class names")
         return kept, found, np.asarray(named)
 

@@ -10,11 +10,12 @@ from itertools import islice
 from pathlib import Path
 
 from contrastive.shards.files import read_regular
+from contrastive.shards.left_out import LONE_TEXT
 from contrastive.shards.listing import Listing, unread_reason
 from contrastive.shards.record import MAX_JSON_BYTES, NumberedSource, Record, SkippedRow
 from contrastive.shards.scan import caption_text, json_captions, json_fault
 from contrastive.shards.table_values import is_utf8
-from contrastive.wording import first_few
+from contrastive.wording import counted, first_few
 
 SAMPLE = 1000  # caption files that are read at opening, to see whether they have several lines
 
@@ -45,16 +46,21 @@ class ImageFolder(NumberedSource):
         self.labelled = self._level is not None
         left = [(file, unread_reason(file)) for file in (*found.others, *found.tables, *found.shards, *found.packed)]
         left = [one for one in left if one[0] not in self._texts.used]
-        left += [(text, ".txt without an image") for text in found.texts if text not in self._texts.used]
+        left += [(text, LONE_TEXT) for text in found.texts if text not in self._texts.used]
         self._left = [(self._key(file), reason) for file, reason in left]
         self.left_out = Counter(reason for _, reason in left)
-        self._notes = [*self._caption_notes(), *self._class_notes(found.folders)]
+        self._of_captions = list(self._caption_notes())
+        self._notes = [*self._of_captions, *self._class_notes(found.folders)]
         if found.hidden:
-            self._notes.append(f"hidden: {found.hidden:,} images of a file or folder whose name begins with a dot")
+            self._notes.append(f"hidden: {counted(found.hidden, 'image')} of a file or folder whose name begins with a dot")
 
     @property
     def notes(self) -> list[str]:
         return self._notes
+
+    @property
+    def caption_notes(self) -> list[str]:
+        return self._of_captions
 
     def rejections(self) -> Iterator[SkippedRow]:
         return (SkippedRow(key, reason) for key, reason in self._left)
@@ -101,13 +107,15 @@ class ImageFolder(NumberedSource):
         without = len(self.files) - len(self._texts.of) - len(self._texts.faults)
         if without:
             kinds = ".txt or .json" if self._texts.more else ".txt"
-            yield f"{without:,} of {len(self.files):,} images have no caption: no {kinds} file of the same name"
+            verb = "has" if len(self.files) == 1 else "have"
+            yield f"{without:,} of {counted(len(self.files), 'image')} {verb} no caption: no {kinds} file of the same name"
         sample = list(islice((image for image, file in self._texts.of.items() if not _is_json(file)), SAMPLE))
         several = sum("\n" in "".join(self._texts.read(file)[0][:1]) for file in sample)
         if several:
-            all_ = f"the first {SAMPLE:,}" if len(self._texts.of) > SAMPLE else f"{len(sample):,}"
+            first = "the first " if len(self._texts.of) > SAMPLE else ""
+            verb = "has" if len(sample) == 1 else "have"
             rule = "each file is one caption (several go into metadata.jsonl)"
-            yield f"{several:,} of {all_} .txt files have several lines: {rule}"
+            yield f"{several:,} of {first}{counted(len(sample), '.txt file')} {verb} several lines: {rule}"
 
     def _class_notes(self, folders: Sequence[Path]) -> Iterator[str]:
         if self._level is None:
@@ -123,7 +131,9 @@ class ImageFolder(NumberedSource):
             yield f"no image in the class folders: {first_few(empty)}"
         outside = [file.name for file in self.files if self._label(file) is None]
         if outside:
-            yield f"{len(outside):,} images are outside the class folders and have no label: {first_few(outside)}"
+            verbs = ("is", "has") if len(outside) == 1 else ("are", "have")
+            where = f"{verbs[0]} outside the class folders and {verbs[1]} no label"
+            yield f"{counted(len(outside), 'image')} {where}: {first_few(outside)}"
 
 
 class Captions:

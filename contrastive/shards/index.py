@@ -91,7 +91,8 @@ class ShardIndex:
         renamed = self.manifest["renamed"]
         if not renamed:
             return []
-        return [f"{renamed:,} keys occur in several shards with other content: the shard's name was put before them"]
+        keys = "1 key occurs" if renamed == 1 else f"{renamed:,} keys occur"
+        return [f"{keys} in several shards with other content: the shard's name was put before them"]
 
     def key(self, i: int) -> str:
         """The sample's name."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from contrastive.shards.record import IMAGE_EXTENSIONS
+from contrastive.wording import counted
 
 # A lone surrogate of JSON has no bytes; \udc80 to \udcff stand for bytes of a file name that are not UTF-8.
 _UNSAFE = re.compile("[.\\\\\x00-\x1f\x7f\ud800-\udc7f\udd00-\udfff]")
@@ -117,7 +118,12 @@ def _joined(stem: tuple[str, ...], depth: int) -> str:
 def renamed_note(counts: Mapping[str, int], examples: Mapping[str, str]) -> list[str]:
     """Lines for the user about the keys that were changed. counts, examples: by "prefix" and "mark"."""
     texts = {
-        "prefix": "keys occur in several files: the file's name was put before them",
-        "mark": "keys differ only in characters that a shard's key cannot hold: a hash was put after them",
+        "prefix": ("occur", "in several files: the file's name was put before"),
+        "mark": ("differ", "only in characters that a shard's key cannot hold: a hash was put after"),
     }
-    return [f"{counts[kind]:,} {text}, as in {examples[kind]}" for kind, text in texts.items() if counts.get(kind)]
+    return [
+        f"{counted(count, 'key')} {verb}{'s' * (count == 1)} {text} {'it' if count == 1 else 'them'}, "
+        f"as in {examples[kind]}"
+        for kind, (verb, text) in texts.items()
+        if (count := counts.get(kind, 0))
+    ]

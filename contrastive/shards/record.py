@@ -144,6 +144,11 @@ class Source:
     def notes(self) -> list[str]:
         return []
 
+    @property
+    def caption_notes(self) -> list[str]:
+        """Those of `notes` that concern captions alone."""
+        return []
+
     def cut(self, size: int) -> list[Part]:
         """The source as parts of `size` rows (the last may be shorter), the same at every call."""
         every = ((file, at) for file, starts in enumerate(self._row_starts()) for at in starts)

@@ -83,10 +83,18 @@ def nothing_to_write(
         who = (
             f"{count:,} of {total:,} rows" if count < total else f"all {total:,} rows" if total > 1 else "the only row"
         )
+        what = _of_one(what) if count == 1 else what
         causes.append(f"{who} {what}{_example(examples.get(reason))}{remedy and '; '}{remedy}")
     if line := left_out_line(source.rejected):
         causes.append(line)
     return f"nothing to write: {'; '.join(causes) or _no_rows(source)}"
+
+
+def _of_one(what: str) -> str:
+    """A sentence about rows, about one row: "name a file" becomes "names a file"."""
+    verb, _, rest = what.partition(" ")
+    one = {"have": "has", "are": "is", "were": "was"}.get(verb, f"{verb}s")
+    return f"{one} {rest}"
 
 
 def _sentence(reason: str, source: Source, filters: Filters) -> tuple[str, str]:

@@ -173,10 +173,14 @@ class TableSource(Source):
         layout = self._layout
         if self.grouped:
             found.append(f"{GROUPED}: {layout.rows:,} rows became {layout.records:,} samples")
-        if self._lists:
-            what = "1 row holds a list" if self._lists == 1 else f"{self._lists:,} rows hold a list"
-            found.append(f"captions: {what} written as text, which is read as several captions")
-        return found
+        return [*found, *self.caption_notes]
+
+    @property
+    def caption_notes(self) -> list[str]:
+        if not self._layout.rows or not self._lists:  # lists are counted where the layout is read
+            return []
+        what = "1 row holds a list" if self._lists == 1 else f"{self._lists:,} rows hold a list"
+        return [f"captions: {what} written as text, which is read as several captions"]
 
     def cut(self, size: int) -> list[Part]:
         return self._layout.cut(size, self.limit)

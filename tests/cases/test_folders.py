@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from contrastive.errors import UserError
+from contrastive.evaluation.remarks import source_remarks
 from contrastive.shards import open_index, open_source
 from contrastive.shards.left_out import left_out_line
 from contrastive.shards.listing import list_folder
@@ -189,6 +190,17 @@ def test_images_without_a_caption_beside_others_are_told_and_texts_without_an_im
     assert source.rejected == {".txt without an image": 2}
 
 
+def test_a_command_that_reads_images_only_says_nothing_of_captions(tmp_path: Path) -> None:
+    files = {"0.jpg": picture(0), "1.jpg": picture(1), "0.txt": b"a\nb", "notes.txt": b"x", "a.psd": b"y"}
+    source = open_source(write_files(tmp_path, files))
+    assert source_remarks(source, captions=False) == ["left out: 1 × .psd"]
+    assert [line.partition(":")[0] for line in source_remarks(source)] == [
+        "1 of 2 images have no caption",
+        "1 of 1 .txt file has several lines",
+        "left out",
+    ]
+
+
 def test_images_beside_class_folders_and_empty_class_folders_are_told(tmp_path: Path) -> None:
     (tmp_path / "bird").mkdir()
     source = open_source(
@@ -197,7 +209,7 @@ def test_images_beside_class_folders_and_empty_class_folders_are_told(tmp_path: 
     assert {record.key: record.label for record in source} == {"3.png": None, "cat/1.png": "cat", "dog/a/2.png": "dog"}
     assert source.notes == [
         "no image in the class folders: bird",
-        "1 images are outside the class folders and have no label: 3.png",
+        "1 image is outside the class folders and has no label: 3.png",
     ]
 
 

@@ -73,6 +73,11 @@ def test_an_unclosed_quote_is_refused(text):
         ("a.csv", 'id,Name\n0,cat\n1,"red, shiny apple"\n', ["cat", "red, shiny apple"]),
         ("a.tsv", "id\tlabel\n0\tcat\n1\tdog\n", ["cat", "dog"]),
         ("a.csv", "cat,dog,cow\n", ["cat", "dog", "cow"]),
+        ("a.csv", "id;label\n0;cat, red\n1;dog\n", ["cat, red", "dog"]),
+        ("a.csv", "id;label\n0;cat\n1;dog, big, old\n", ["cat", "dog, big, old"]),
+        ("a.csv", "class|n\ncat; red|0\ndog|1\n", ["cat; red", "dog"]),
+        ("a.csv", "id\tname\n0\tcat\n", ["cat"]),
+        ("a.tsv", "id,name\n0,cat\n", ["cat"]),
     ],
 )
 def test_a_file_whose_meaning_is_plain_is_read(tmp_path, name, text, labels):
@@ -98,6 +103,7 @@ def test_a_file_whose_meaning_is_plain_is_read(tmp_path, name, text, labels):
         ("a.csv", "label,name\n0,cat\n", "several of its columns"),
         ("a.csv", "label\ncat\nred, apple\n", "row 3 has 2 columns"),
         ("a.csv", 'label\n"cat\ndog\n', "quotes"),
+        ("a.csv", "id;label\n0;cat;red\n", "row 2 has 3 columns, the first has 2; put labels with a semicolon in quotes"),
         ("a.csv", "label,x\ncat,1\n,2\n", "row 3 has no label"),
         ("a.txt", "0: cat\n1: dog\n", "the lines are numbered"),
         ("a.txt", "1 cat\n2 dog\n", "the lines are numbered"),
@@ -172,3 +178,9 @@ def test_class_names_are_read(tmp_path, name, text, names):
 def test_class_names_that_could_mean_two_things_are_refused(tmp_path, name, text, message):
     with pytest.raises(UserError, match=message):
         read_class_names(write(tmp_path, name, text))
+
+
+def test_class_names_are_read_with_each_separator(tmp_path):
+    for mark in ",;|\t":
+        file = write(tmp_path, "names.csv", f"folder{mark}name\n1{mark}cat\n2{mark}dog\n")
+        assert read_class_names(file) == {"1": "cat", "2": "dog"}

@@ -352,7 +352,7 @@ def test_splits_are_asked_for_and_taken(saved, hub, here, capsys):
 def test_a_row_without_a_label_is_named(saved, here, capsys):
     (here / "t.csv").write_text("image,label\na/0.png,red\na/1.png,\na/2.png,blue\n")
     error = refused(capsys, command("evaluate", saved, "t.csv"))
-    assert "1 images have no label" in error or "no label" in error
+    assert "1 image has no label" in error or "no label" in error
     (here / "s.csv").write_text("image,label\na/0.png,red \na/1.png, red\na/2.png,blue\na/3.png,blue\n")
     assert command("evaluate", saved, "s.csv", "--json", "r.json") == 0
     assert json.loads((here / "r.json").read_text())["sets"]["s"]["classes"] == 2

@@ -107,5 +107,5 @@ def test_unknown_features_and_odd_lists_are_told(model, pairs):
         embed(model, pairs, features="last")
     with pytest.raises(UserError, match="empty"):
         embed(model, [])
-    with pytest.raises(UserError, match="holds a int"):
+    with pytest.raises(UserError, match="holds an int"):
         embed(model, [3])

@@ -14,7 +14,7 @@ from contrastive.evaluation import LinearProbe, ZeroShotClassifier, evaluate_lab
 from contrastive.evaluation.calibration import expected_error, temperature
 from contrastive.evaluation.class_names import class_name_map
 from contrastive.evaluation.label_arrays import label_array, label_places
-from contrastive.evaluation.labels import check_labels, in_order, number_remark
+from contrastive.evaluation.labels import check_labels, in_order, number_remark, spelling_remarks
 from contrastive.evaluation.rejection import label_thresholds
 from tests.evaluation.fake import NAMES, ColourModel, square
 
@@ -154,7 +154,7 @@ def test_places_are_those_of_a_list(numbers):
         ((name for name in NAMES), "got a generator"),
         ("cat", "got the text 'cat'"),
         (b"cat", "got the text"),
-        ([0, 1], "number 1 is 0, a int"),
+        ([0, 1], "number 1 is 0, an int"),
         (["cat", None], "number 2 is None"),
         (["cat", float("nan")], "number 2 is nan"),
         (["cat", " "], "number 2 is empty"),
@@ -312,3 +312,27 @@ def test_labels_that_differ_in_case_alone_are_remarked(model, labelled, tmp_path
     found = evaluate_labelled(model, "case", None, labelled, ["zeroshot"]).results
     assert any("'Red' and 'red' differ in spelling alone" in line for line in found["remarks"])
     assert contrastive.evaluation.reader_warnings({"case": found})[0].startswith("case: labels")
+
+
+@pytest.mark.parametrize(
+    "labels", [["-1", "1"], ["+1", "1"], ["1.5", "15", "1 5"], ["0-9", "0 9"], ["C", "C++", "C#"], ["A", "A-", "A+"]]
+)
+def test_signs_and_numbers_are_not_spelling(labels):
+    assert spelling_remarks(np.array(labels)) == []
+
+
+def test_case_and_punctuation_are_spelling_and_names_are_shown_plainly():
+    remarks = spelling_remarks(np.array(["T-shirt", "t shirt", "-1", "1", "cat!", "cat"]))
+    assert remarks == [
+        "labels 'T-shirt' and 't shirt' differ in spelling alone",
+        "labels 'cat!' and 'cat' differ in spelling alone",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [("cat", r"got the text 'cat'; give several labels, as \['cat', 'other'\]"), (np.array([3, 4]), "1 is 3, an int")],
+)
+def test_labels_of_a_wrong_type_are_named_plainly(labels, message):
+    with pytest.raises(UserError, match=message):
+        check_labels(labels)
