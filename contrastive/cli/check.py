@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from contrastive.cli.output import check_output
     from contrastive.errors import UserError
     from contrastive.shards import open_index, storage
     from contrastive.shards.card import data_card, format_card
@@ -38,10 +39,7 @@ def run(args: argparse.Namespace) -> int:
         storage.configure(allow_pipe=True)
     index = open_index(args.shards, skip_damaged=args.skip_damaged)
     for option, target in (("--html", args.html), ("--json", None if args.json == "-" else args.json)):
-        if target and not Path(target).absolute().parent.is_dir():
-            raise UserError(f"{option} {target}: there is no folder {Path(target).absolute().parent}; make it first")
-        if target and Path(target).is_dir():
-            raise UserError(f"{option} {target}: is a folder; name a file")
+        check_output(option, target)
     if args.full:
         index.verify()
         whole = len(index.shards) - len(index.manifest["damaged"])

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from contrastive.cli.output import check_output
     from contrastive.config import load_config
     from contrastive.errors import UserError
 
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None:
             option = {"low": "from", "high": "to"}.get(name, name)
             raise UserError(f"--{option} is not for `find {args.what}`; see `contrastive find --help`")
+    check_output("--json", args.json)
+    check_output("--plot", getattr(args, "plot", None))
     config = load_config(args.recipe, args.overrides)
     found = _find_rate(args, config) if args.what == "lr" else _find_batch(args, config)
     if args.json is not None:

@@ -32,13 +32,14 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from contrastive.cli.output import write_rows
+    from contrastive.cli.output import check_output_folder, write_rows
     from contrastive.errors import UserError
     from contrastive.models import interpolate, load, save_model
 
     alphas = _shares(args.alphas or args.alpha)
     if args.dest is None and not args.evaluate:
         raise UserError("name a folder to write (START TUNED DEST), sets to measure on (--evaluate DATA), or both")
+    check_output_folder("DEST", args.dest)
     start, tuned = load(args.start, device="cpu"), load(args.tuned, device="cpu")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     rows = []

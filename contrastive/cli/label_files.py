@@ -24,8 +24,8 @@ def read_labels(listed: str | None, file: str | None) -> list[str]:
 
     `--labels` is one line of CSV: "red, shiny apple" in quotes is one label. A file holds one label a line (empty
     lines are skipped), one line of CSV, a JSON list of names, a JSON object with numbers as keys or as values
-    ({"0": "cat"} or {"cat": 0}), or a table with a column named label, name or class (CSV or TSV; separated by comma, semicolon, tab or vertical
-    bar).
+    ({"0": "cat"} or {"cat": 0}),
+    or a table with a column named label, name or class (CSV, TSV, or separated by semicolons or vertical bars).
 
     Raises `UserError` for anything that could be read in two ways.
     """
@@ -199,7 +199,9 @@ def _separator(where: str, text: str, suffix: str) -> str:
     from contrastive.shards.csv_table import NAMES, SEPARATORS
 
     first = next((line for line in text.splitlines() if line.strip()), "")
-    divided = {mark: _heads(next(csv.reader([first], delimiter=mark, skipinitialspace=True), [])) for mark in SEPARATORS}
+    divided = {
+        mark: _heads(next(csv.reader([first], delimiter=mark, skipinitialspace=True), [])) for mark in SEPARATORS
+    }
     several = {mark: len({*COLUMNS, *KEYS} & set(heads)) for mark, heads in divided.items() if len(heads) > 1}
     if not several:
         return "\t" if suffix == ".tsv" else ","

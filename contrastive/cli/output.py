@@ -8,13 +8,16 @@ import io
 import json
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from contrastive.errors import UserError
-from contrastive.wording import counted
+from contrastive.wording import counted, one_line
+
+NAME_BYTES = 255  # of one part of a path, on every usual file system
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,31 +46,51 @@ def check_output(option: str, path: str | None, *, makes_folders: bool = False) 
     """
     if path is None:
         return
+    _check_names(option, path)
     file = Path(path)
     if file.is_dir():
         raise UserError(f"{option} {path}: is a folder; name a file in it")
-    folder = file.parent
-    while makes_folders and not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.exists():
-        raise UserError(f"{option} {path}: there is no folder {folder}; make it first")
-    if not folder.is_dir():
-        raise UserError(f"{option} {path}: {folder} is a file, not a folder")
-    if not os.access(file if file.exists() else folder, os.W_OK):
+    if not makes_folders and not file.parent.exists():
+        raise UserError(f"{option} {path}: there is no folder {file.parent}; make it first")
+    if file.exists() and not os.access(file, os.W_OK):
         raise UserError(f"{option} {path}: no permission to write there")
+    if file.exists() and not makes_folders:  # it is written in place, such as /dev/stdout
+        return
+    _check_folder(option, path, file.parent, f"is a file, not a folder; name a file in a folder, not {file.name} in it")
 
 
 def check_output_folder(option: str, path: str | None) -> None:
     """As `check_output`, for a folder that is made where it is missing."""
-    if path is None:
-        return
-    folder = Path(path)
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"{option} {path}: {folder} is a file; name a folder")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{option} {path}: no permission to write in {folder}")
+    if path is not None:
+        _check_names(option, path)
+        _check_folder(option, path, Path(path), "is a file; name a folder")
+
+
+def _check_names(option: str, path: str) -> None:
+    longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
+    if longest > NAME_BYTES:
+        raise UserError(f"{option} {path[:60]}…: a name of {longest:,} bytes is too long; give a shorter one")
+
+
+def _check_folder(option: str, path: str, folder: Path, of_file: str) -> None:
+    """Raises `UserError` where `folder` cannot be made or takes no file, found by trying; leaves nothing there.
+
+    Permissions alone do not show it: a read-only or a special file system (/proc) refuses the superuser too.
+    """
+    nearest = folder.absolute()
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        what = of_file if nearest.exists() else "is a link to nothing; remove it or name another folder"
+        raise UserError(f"{option} {path}: {nearest} {what}")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".contrastive-", dir=nearest):
+            pass
+    except PermissionError:
+        raise UserError(f"{option} {path}: no permission to write in {nearest}; name another folder") from None
+    except OSError as fault:
+        why = fault.strerror or one_line(fault)
+        raise UserError(f"{option} {path}: nothing can be written in {nearest} ({why}); name another folder") from None
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], style: str, output: str | None = None) -> None:

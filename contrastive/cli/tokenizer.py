@@ -20,12 +20,14 @@ def run(args: argparse.Namespace) -> int:
     from collections import Counter
     from pathlib import Path
 
+    from contrastive.cli.output import check_output
     from contrastive.errors import UserError
     from contrastive.models import train_tokenizer
     from contrastive.shards import open_source
 
     if args.vocab_size < 16:
         raise UserError(f"--vocab-size {args.vocab_size}: at least 16 are needed")
+    check_output("OUTPUT", args.output, makes_folders=True)
     captions = [text for record in open_source(args.source, caption=args.caption) for text in record.captions]
     if not captions:
         raise UserError(f"{args.source}: no captions to train on")

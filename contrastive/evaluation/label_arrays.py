@@ -141,9 +141,7 @@ def _of_objects(items: NDArray[Any], name: str) -> NDArray[Any]:
     numbers = (bool, int, float, np.bool_, np.integer, np.floating)
     other = next((one for one in flat if not isinstance(one, numbers)), None)
     if other is not None:
-        raise UserError(
-            f"{name}: Unknown label type: {other!r} is {a_type(other)}; labels are names or whole numbers"
-        )
+        raise UserError(f"{name}: Unknown label type: {other!r} is {a_type(other)}; labels are names or whole numbers")
     found = np.asarray(flat).reshape(items.shape)
     if found.dtype.kind == "f":
         _check_floats(found, name)

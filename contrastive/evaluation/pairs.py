@@ -83,10 +83,9 @@ def evaluate_pairs(
         given = set() if owners is None else set(owners.tolist())
         texts = found.captions or [""] * len(found.keys)
         without = [key for row, key in enumerate(found.keys) if (row not in given if given else not texts[row])]
-        verb = "has" if len(found.keys) == 1 else "have"
+        total = counted(len(found.keys), "image") + (" has" if len(found.keys) == 1 else " have")
         raise UserError(
-            f"{name}: {len(without)} of {counted(len(found.keys), 'image')} {verb} no caption, the first is {without[0]}; "
-            "retrieval needs pairs"
+            f"{name}: {len(without)} of {total} no caption, the first is {without[0]}; retrieval needs pairs"
         )
     check_finite(name, found.keys, found.image)
     check_finite(name, found.captions or [], found.text)

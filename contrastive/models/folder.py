@@ -30,6 +30,8 @@ from contrastive.models.two_tower import TwoTower
 from contrastive.preprocessing import Preprocessing, differences
 
 FORMAT = 2  # has a preprocessing other than `implied_preprocessing`, which is the one of format 1; else the same
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # the first that is there
 IMAGE_TOWERS = {"timm": TimmImageTower}
 TEXT_TOWERS = {"transformer": TransformerTextTower, "huggingface": HuggingFaceTextTower}
 
@@ -195,6 +197,14 @@ def _open_folder(folder: Path, text: bool) -> TwoTower:
     return model
 
 
+def _open_clip_folder(folder: Path) -> TwoTower:
+    """The model that open_clip saved, with the preprocessing of its file."""
+    weights = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise UserError(f"{folder}: no weights beside {OPEN_CLIP_CONFIG}; put {' or '.join(OPEN_CLIP_WEIGHTS)} there")
+    return open_clip_model(str(folder / OPEN_CLIP_CONFIG), pretrained=str(weights))
+
+
 def _assumed(model: TwoTower, folder: Path) -> str:
     """The warning about an open_clip model without saved mean and std; it names the values of open_clip's tags."""
     tags = open_clip.list_pretrained_tags_by_model(model.name)
@@ -212,7 +222,8 @@ def load(path_or_name: str | Path, *, device: str | torch.device | None = None, 
     """Open a model, in evaluation mode.
 
     Args:
-        path_or_name: a run folder (its ``model/`` is taken), a model folder, an open_clip model name, or
+        path_or_name: a run folder (its ``model/`` is taken), a model folder, a folder that open_clip
+            saved (``open_clip_config.json`` and weights), an open_clip model name, or
             ``NAME:WEIGHTS`` for an open_clip weight tag or checkpoint file. A bare open_clip name has **random
             weights**, and says so with a `RandomWeightsWarning`: nothing is fetched unless it is asked for.
         device: where to put it; the accelerator if there is one, else the CPU.
@@ -227,7 +238,9 @@ def load(path_or_name: str | Path, *, device: str | torch.device | None = None, 
     """
     path = Path(path_or_name)
     name = str(path_or_name)
-    if path.is_dir():
+    if path.is_dir() and (path / OPEN_CLIP_CONFIG).is_file():
+        model = _open_clip_folder(path)
+    elif path.is_dir():
         folder = path / "model" if (path / "model" / "config.json").is_file() else path
         if not (folder / "config.json").is_file():
             raise UserError(

@@ -25,6 +25,7 @@ from contrastive.models.prefix_tree import Layer, last_states
 from contrastive.models.tokenizer import OpenClipTokenizer
 from contrastive.models.two_tower import TwoTower
 from contrastive.preprocessing import Preprocessing
+from contrastive.wording import first_few, one_line
 
 
 class OpenClipImageTower(nn.Module):
@@ -160,6 +161,18 @@ def _named_projection(tower: nn.Module) -> list[nn.Parameter]:
     return [parameter for key, parameter in tower.named_parameters() if key.startswith(names)]
 
 
+def _unknown_tag(name: str, pretrained: str | None) -> str | None:
+    """The reason where `pretrained` is neither a tag of the model nor a file, with the tags nearest to it."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not pretrained or pretrained in tags or Path(pretrained).exists():
+        return None
+    if not tags:
+        return "no such file, and open_clip has no weights for this model"
+    near = difflib.get_close_matches(pretrained, tags, n=5)
+    which = f"did you mean {', '.join(near)}?" if near else f"its tags are {first_few(tags)}"
+    return f"no such tag or file; {which}"
+
+
 def open_clip_model(
     name: str, *, pretrained: str | None = None, config: dict[str, Any] | None = None, **options: Any
 ) -> TwoTower:
@@ -204,7 +217,9 @@ def open_clip_model(
             (Path(folder) / f"{registered}.json").write_text(json.dumps(config))
             open_clip.add_model_config(folder)
     # open_clip warns of random weights on the root logger; whoever asked for none knows, and `load` says it itself.
-    logging.disable(logging.WARNING)
+    # It also logs its errors before it raises them: they are in the one line below.
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         model = open_clip.create_model(
             registered,
@@ -215,10 +230,10 @@ def open_clip_model(
         )
     except Exception as error:  # hub, file and architecture faults come as many types
         what = f"the weights {pretrained!r} of {name}" if pretrained else name
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = _unknown_tag(name, pretrained) or one_line(error)
         raise UserError(f"model: {what} cannot be opened here ({reason})") from None
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
     dim = int(config["embed_dim"])
     visual = model.visual
     # open_clip saves the tag's configuration there; a file of weights has none, and gets open_clip's defaults

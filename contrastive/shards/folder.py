@@ -52,7 +52,9 @@ class ImageFolder(NumberedSource):
         self._of_captions = list(self._caption_notes())
         self._notes = [*self._of_captions, *self._class_notes(found.folders)]
         if found.hidden:
-            self._notes.append(f"hidden: {counted(found.hidden, 'image')} of a file or folder whose name begins with a dot")
+            self._notes.append(
+                f"hidden: {counted(found.hidden, 'image')} of a file or folder whose name begins with a dot"
+            )
 
     @property
     def notes(self) -> list[str]:
@@ -107,8 +109,8 @@ class ImageFolder(NumberedSource):
         without = len(self.files) - len(self._texts.of) - len(self._texts.faults)
         if without:
             kinds = ".txt or .json" if self._texts.more else ".txt"
-            verb = "has" if len(self.files) == 1 else "have"
-            yield f"{without:,} of {counted(len(self.files), 'image')} {verb} no caption: no {kinds} file of the same name"
+            images = counted(len(self.files), "image") + (" has" if len(self.files) == 1 else " have")
+            yield f"{without:,} of {images} no caption: no {kinds} file of the same name"
         sample = list(islice((image for image, file in self._texts.of.items() if not _is_json(file)), SAMPLE))
         several = sum("\n" in "".join(self._texts.read(file)[0][:1]) for file in sample)
         if several:

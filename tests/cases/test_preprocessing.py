@@ -11,6 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 from contrastive import models
 from contrastive.errors import UserError
@@ -184,3 +185,25 @@ def test_an_open_clip_config_json_has_its_own_preprocessing(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     found = models.open_clip_model(str(tmp_path / "open_clip_config.json")).preprocessing
     assert found == Preprocessing((0.1, 0.2, 0.3), (1, 1, 1), 16, "squash")
+
+
+@pytest.mark.parametrize("file", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_a_folder_of_open_clip_opens_with_its_weights_and_its_preprocessing(tmp_path, tiny_tag, file):
+    name, _ = tiny_tag({"mean": HALF, "std": HALF}, 32)
+    model = models.load(f"{name}:tag", device="cpu")
+    state = {
+        key: value.contiguous() for key, value in open_clip.create_model(name, pretrained="tag").state_dict().items()
+    }
+    save_file(state, tmp_path / file) if file.endswith("safetensors") else torch.save(state, tmp_path / file)
+    preprocess = {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "resize_mode": "squash"}
+    config = {"model_cfg": model.open_clip_config, "preprocess_cfg": preprocess}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    found = models.load(tmp_path, device="cpu")
+    assert found.preprocessing == Preprocessing((0.1, 0.2, 0.3), (1, 1, 1), 32, "squash")
+    assert all(torch.equal(value, found.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_folder_of_open_clip_without_weights_is_refused(tmp_path):
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(UserError, match="no weights beside open_clip_config.json"):
+        models.load(tmp_path)

@@ -103,7 +103,11 @@ def test_a_file_whose_meaning_is_plain_is_read(tmp_path, name, text, labels):
         ("a.csv", "label,name\n0,cat\n", "several of its columns"),
         ("a.csv", "label\ncat\nred, apple\n", "row 3 has 2 columns"),
         ("a.csv", 'label\n"cat\ndog\n', "quotes"),
-        ("a.csv", "id;label\n0;cat;red\n", "row 2 has 3 columns, the first has 2; put labels with a semicolon in quotes"),
+        (
+            "a.csv",
+            "id;label\n0;cat;red\n",
+            "row 2 has 3 columns, the first has 2; put labels with a semicolon in quotes",
+        ),
         ("a.csv", "label,x\ncat,1\n,2\n", "row 3 has no label"),
         ("a.txt", "0: cat\n1: dog\n", "the lines are numbered"),
         ("a.txt", "1 cat\n2 dog\n", "the lines are numbered"),

@@ -79,3 +79,13 @@ def test_an_unknown_name_suggests_the_nearest():
 def test_weights_that_cannot_be_had_are_an_error_not_random(tmp_path):
     with pytest.raises(UserError, match="weights"):
         open_clip_model("ViT-B-32", pretrained=str(tmp_path / "missing.pt"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "hint"), [("laion2b_s34b", "did you mean laion2b_s34b_b79k"), ("xyz", "its tags are openai, ")]
+)
+def test_an_unknown_tag_is_one_line_with_few_tags_and_nothing_is_logged(weights, hint, caplog):
+    with pytest.raises(UserError, match=f"no such tag or file; {hint}") as raised:
+        open_clip_model("ViT-B-32", pretrained=weights)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 250
+    assert caplog.records == []
