@@ -155,9 +155,9 @@ def test_several_causes_are_named_the_commonest_first(capsys: pytest.CaptureFixt
     source = table(Path("lists", "x.csv"), images, ["a", "b", "c", "d"], ("image", "caption"))
     code, said = shard(capsys, source, "out")
     assert code == 2
-    places = [said.index(text) for text in ("2 of 4 rows hold a URL", "1 of 4 rows name a file that does not exist")]
+    places = [said.index(text) for text in ("2 of 4 rows hold a URL", "1 of 4 rows names a file that does not exist")]
     assert places == sorted(places)
-    assert "1 of 4 rows name a file outside" in said and "--allow-outside" in said
+    assert "1 of 4 rows names a file outside" in said and "--allow-outside" in said
 
 
 @pytest.mark.parametrize(
