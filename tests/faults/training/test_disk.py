@@ -194,13 +194,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert (stopped.parent / ".damaged_step_6").is_dir()  # kept for whoever wants to look at it
 
 
-def test_a_pickle_beside_the_files_is_never_opened(
-    stopped: Path, tmp_path: Path, corpus: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_pickle_among_the_files_is_never_opened(
+    stopped: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
     add_a_pickle(stopped)
-    resumes_from(tmp_path, corpus, undisturbed)
-    assert not (tmp_path / "canary").exists()
+    ends(2, tmp_path, corpus)
+    errors = [json.loads(path.read_text())["error"] for path in sorted(tmp_path.glob("ended-*.json"))]
+    assert all("optimizer.pt is not of a checkpoint" in error for error in errors)
+    assert (stopped / "optimizer.pt").exists() and not (tmp_path / "canary").exists()
 
 
 def test_what_a_killed_save_left_is_in_nobodys_way(
