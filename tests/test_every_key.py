@@ -206,6 +206,7 @@ REFUSED = [
     ([], "model.image.fill_color", "7"),
     (["train.gradient_checkpointing=true"], "train.compile", "towers"),
     (["track.mfu=true"], "train.compile", "towers"),
+    (["train.chunk=4"], "train.compile", "towers"),
     (["train.sharding=fsdp"], "train.compile", "towers"),
     ([], "loss.weight", "2"),
     (["loss={kind: margin}"], "loss.warmup_steps", "5"),

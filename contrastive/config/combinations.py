@@ -209,6 +209,8 @@ def _compiling(config: Config) -> Iterator[Problem]:
         line = "train.compile: towers does nothing with both towers locked, which run as in use; set it to none"
         yield ("train.compile", "model.image.locked", "model.text.locked", "data.cache"), line
     unfit = {
+        # with dropout, the pass without gradients and the one with them are compiled apart, and draw other masks
+        "train.chunk": config.train.chunk is not None,
         "train.sharding": config.train.sharding != "none",
         "train.gradient_checkpointing": config.train.gradient_checkpointing,
         "track.mfu": config.track.mfu,

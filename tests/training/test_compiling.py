@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.exc import BackendCompilerFailed
 
 import contrastive
 from contrastive.errors import UserError
@@ -55,7 +56,7 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_and_its_names_and_each_goe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
-    ["train.chunk=5", "optim.ema={decay: 0.5}"],
+    ["optim.ema={decay: 0.5}"],
     ["train.curriculum=[{until: 3, size: 8, context: 4, patch_dropout: 0.5}]"],
     ["model.image.lora={targets: [fc1]}", "model.text.unfreeze_at=2"],
 ], ids=lambda options: options[0].partition("=")[0])  # fmt: skip
@@ -65,14 +66,14 @@ def test_compiled_towers_go_with(options, corpus, tmp_path):
     assert losses(tmp_path / "towers") == pytest.approx(losses(tmp_path / "none"), abs=CLOSE)
 
 
-def _train(rank: int, world: int, corpus: Path, folder: Path) -> None:
-    for kind in ("none", "towers"):
-        pretrain(tiny_config(corpus, folder / kind, *BASE, f"train.compile={kind}"), quiet=True)
+def _train(rank: int, world: int, corpus: Path, folder: Path, kind: str) -> None:
+    pretrain(tiny_config(corpus, folder / kind, *BASE, f"train.compile={kind}"), quiet=True)
 
 
 @pytest.mark.slow
 def test_compiled_towers_go_with_two_processes(corpus, tmp_path):
-    run_ranks(2, _train, corpus, tmp_path, timeout=900)
+    for kind in ("none", "towers"):
+        run_ranks(2, _train, corpus, tmp_path, kind, timeout=900)
     assert losses(tmp_path / "towers") == pytest.approx(losses(tmp_path / "none"), abs=CLOSE)
 
 
@@ -82,3 +83,20 @@ def test_a_missing_compiler_is_said_before_training(monkeypatch):
         pytest.skip("an accelerator needs no C++ compiler")
     with pytest.raises(UserError, match="train.compile: no C"):
         compile_towers(torch.nn.Module())
+
+
+def test_a_tower_that_torch_cannot_compile_runs_without_and_says_so_once(monkeypatch, capsys):
+    class Tower(torch.nn.Module):
+        def features(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        raise BackendCompilerFailed("inductor", RuntimeError("no luck"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    model = torch.nn.Module()
+    model.image, model.text = Tower(), Tower()
+    compile_towers(model)
+    for _ in range(2):
+        assert torch.equal(model.image.features(torch.ones(2)), torch.full((2,), 2.0))
+    assert capsys.readouterr().err.count("note: train.compile: torch cannot compile the image tower for [2]") == 1
